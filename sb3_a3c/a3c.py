@@ -1,0 +1,415 @@
+"""The algorithm class: what the user types."""
+
+import contextlib
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_a3c.collector import HogwildCollector
+from sb3_a3c.envs import clone_env, continue_monitor_files, pending_seeds, take_share
+from sb3_a3c.policies import CnnLstmPolicy, CnnPolicy, MlpLstmPolicy, MlpPolicy, MultiInputLstmPolicy, MultiInputPolicy
+from sb3_a3c.shared import check_optimizer
+from sb3_a3c.worker import Settings
+
+SelfA3C = TypeVar("SelfA3C", bound="A3C")
+
+_OBSERVATION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Dict)
+_ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+
+
+class A3C(OnPolicyAlgorithm):
+    """
+    Asynchronous Advantage Actor-Critic (A3C)
+
+    Paper: https://arxiv.org/abs/1602.01783 (Algorithm S3). Ancestor: baby-a3c, https://github.com/greydanus/baby-a3c,
+    whose network and hyper-parameters are the defaults.
+
+    Worker processes act in their own environments and push gradients into shared parameters, without waiting for each
+    other. A timestep is one decision of the agent in one environment (with frame skip: several emulator frames).
+
+    :param policy: The policy model to use (MlpLstmPolicy, CnnLstmPolicy, MlpPolicy, CnnPolicy, ...)
+    :param env: The environment to learn from (if registered in Gym, can be str). A single environment or id is one
+        environment; with ``n_workers=k`` it is cloned to k
+    :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0), which
+        counts the timesteps of all workers
+    :param n_steps: The number of steps of each rollout and environment, t_max of the paper
+    :param gamma: Discount factor
+    :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator.
+        Equivalent to the paper's n-step advantage when set to 1.
+    :param ent_coef: Entropy coefficient for the loss calculation, β of the paper
+    :param vf_coef: Value function coefficient for the loss calculation; it weighs *half* the squared error
+    :param max_grad_norm: The maximum norm of a gradient; the loss is a sum over time, so this is larger than in A2C
+    :param rms_prop_eps: RMSProp epsilon. It stabilizes square root computation in denominator of RMSProp update
+    :param use_rms_prop: Whether to use shared RMSprop, as the paper, or shared Adam (default), as baby-a3c
+    :param use_sde: Whether to use generalized State Dependent Exploration (gSDE)
+        instead of action noise exploration (default: False)
+    :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE
+        Default: -1 (only sample at the beginning of the rollout)
+    :param rollout_buffer_class: must be None: workers keep their rollouts to themselves
+    :param rollout_buffer_kwargs: must be None
+    :param normalize_advantage: Whether to normalize the advantage, over each chunk of environments
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
+        the reported success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments to be passed to the policy on creation
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
+        debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: "auto" and "cpu" are the CPU
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :param n_workers: Number of worker processes, among which the environments are dealt. None: one for each core, at most
+        one for each environment. 0: the same in this process, for debuggers
+    :param envs_per_update: A rollout is learned from in chunks of this many environments, with an update of the shared
+        parameters after each: small chunks mean many updates, large ones less time for each step
+    :param take_turns: Workers pull, act and push one after another, in a fixed order: slow, but two runs with the same
+        seed and several workers are identical to the bit
+    :param start_method: "forkserver" or "spawn", see ``multiprocessing``. None: the first that the platform has
+    :raises ValueError: for arguments that can't be used, before any process starts
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+        "MlpLstmPolicy": MlpLstmPolicy,
+        "CnnLstmPolicy": CnnLstmPolicy,
+        "MultiInputLstmPolicy": MultiInputLstmPolicy,
+    }
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 1e-4,
+        n_steps: int = 20,
+        gamma: float = 0.99,
+        gae_lambda: float = 1.0,
+        ent_coef: float = 0.01,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 40.0,
+        rms_prop_eps: float = 1e-5,
+        use_rms_prop: bool = False,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        normalize_advantage: bool = False,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        n_workers: int | None = None,
+        envs_per_update: int = 2,
+        take_turns: bool = False,
+        start_method: str | None = None,
+    ) -> None:
+        self.rms_prop_eps = rms_prop_eps
+        self.use_rms_prop = use_rms_prop
+        self.normalize_advantage = normalize_advantage
+        self.n_workers = n_workers
+        self.envs_per_update = envs_per_update
+        self.take_turns = take_turns
+        self.start_method = start_method
+        self._collector: HogwildCollector | None = None
+        self._pending_env_seeds: list[int | None] = []
+        self._n_updates_at_start = 0
+        super().__init__(
+            policy,
+            _clone_single_env(env, n_workers),
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            device=_cpu(device, verbose),
+            seed=seed,
+            _init_setup_model=False,
+        )
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        self._check_arguments()
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        kwargs = dict(self.policy_kwargs)
+        if "optimizer_class" not in kwargs:
+            kwargs["optimizer_class"] = th.optim.RMSprop if self.use_rms_prop else th.optim.Adam
+            defaults = dict(alpha=0.99, eps=self.rms_prop_eps, weight_decay=0) if self.use_rms_prop else dict(fused=True)
+            kwargs["optimizer_kwargs"] = {**defaults, **(kwargs.get("optimizer_kwargs") or {})}
+        self.policy = self.policy_class(  # type: ignore[assignment]
+            self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **kwargs
+        )
+        self.policy = self.policy.to(self.device)
+        self.rollout_buffer = None  # type: ignore[assignment]
+        check_optimizer(self.policy.optimizer)
+
+    def _check_arguments(self) -> None:
+        """:raises ValueError: for what can't be trained, whatever the environment"""
+        if issubclass(self.policy_class, RecurrentActorCriticPolicy):
+            raise ValueError(
+                f"{self.policy_class.__name__} is sb3-contrib's: its shared LSTM does not learn from the critic. Use A3C's own "
+                'recurrent policies: "MlpLstmPolicy", "CnnLstmPolicy" or "MultiInputLstmPolicy".'
+            )
+        if not issubclass(self.policy_class, ActorCriticPolicy):
+            raise ValueError(f"A3C needs a subclass of ActorCriticPolicy, not {self.policy_class.__name__}.")
+        if self.rollout_buffer_class is not None or self.rollout_buffer_kwargs:
+            raise ValueError(
+                "A3C has no rollout buffer: each worker learns from its rollout at once. Leave `rollout_buffer_class` and "
+                "`rollout_buffer_kwargs` out."
+            )
+        for name, minimum in (("n_steps", 1), ("envs_per_update", 1), ("n_workers", 0)):
+            value = getattr(self, name)
+            if name == "n_workers" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
+                raise ValueError(f"`{name}` must be an integer and at least {minimum}, not {value!r}.")
+        if self.start_method not in (None, "forkserver", "spawn"):
+            raise ValueError(
+                f"`start_method` must be None, 'forkserver' or 'spawn', not {self.start_method!r} (a forked process hangs in "
+                "torch if its parent has used torch's threads)."
+            )
+        for name, supported in (("observation_space", _OBSERVATION_SPACES), ("action_space", _ACTION_SPACES)):
+            space = getattr(self, name, None)  # absent in a model that is loaded without environment
+            if space is not None and not isinstance(space, supported):
+                names = ", ".join(kind.__name__ for kind in supported)
+                raise ValueError(f"A3C supports {names} as {name.replace('_', ' ')}s, not {space}. Wrap the environment.")
+        self._check_observations()
+        if self.env is not None:
+            self._check_workers(self.env)
+
+    def _check_observations(self) -> None:
+        is_dict = isinstance(getattr(self, "observation_space", None), spaces.Dict)
+        if is_dict and self.policy_class in (MlpPolicy, CnnPolicy, MlpLstmPolicy, CnnLstmPolicy):
+            raise ValueError(
+                'The observations are dictionaries: use "MultiInputLstmPolicy" or "MultiInputPolicy", '
+                f"not {self.policy_class.__name__}."
+            )
+
+    def _check_workers(self, env: VecEnv) -> None:
+        """:raises ValueError: if the number of workers asked for can't have these environments"""
+        if not self.n_workers:
+            return
+        if self.n_workers > env.num_envs:
+            raise ValueError(
+                f"n_workers={self.n_workers}, but there are only {env.num_envs} environments and each worker needs at least one. "
+                f"Use n_workers={env.num_envs}, or make_vec_env(…, n_envs={self.n_workers})."
+            )
+        take_share(env, range(env.num_envs))
+
+    def _settings(self) -> Settings:
+        return Settings(
+            n_steps=int(self.n_steps),
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+            ent_coef=self.ent_coef,
+            vf_coef=self.vf_coef,
+            max_grad_norm=self.max_grad_norm,
+            normalize_advantage=self.normalize_advantage,
+            use_sde=self.use_sde,
+            sde_sample_freq=self.sde_sample_freq,
+            envs_per_update=int(self.envs_per_update),
+            take_turns=self.take_turns,
+            lr_schedule=self.lr_schedule,
+        )
+
+    def learn(
+        self: SelfA3C,
+        total_timesteps: int | float,  # noqa: PYI041 (learn(8e7) is how people write it)
+        callback: MaybeCallback = None,
+        log_interval: int = 100,
+        tb_log_name: str = "A3C",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfA3C:
+        """
+        Return a trained model. Each call begins new episodes. Whatever ends it (an exception, Ctrl-C), the model has all
+        that was learned.
+
+        :param total_timesteps: The total number of timesteps (agent steps, over all workers); exceeded by at most one
+            rollout for each worker
+        :param callback: callback(s) called once every ``n_envs`` timesteps with state of the algorithm
+        :param log_interval: number of iterations (``n_steps * n_envs`` timesteps each) between two logs
+        :param tb_log_name: the name of the run for TensorBoard logging
+        :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
+        :param progress_bar: Display a progress bar using tqdm and rich.
+        :return: the trained model
+        :raises ValueError: before any process starts, if the environments can't be trained on as asked
+        :raises WorkerDiedError: if a worker process died
+        :raises Exception: what an environment or the policy raised in a worker
+        """
+        try:
+            return super().learn(int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        finally:
+            self._stop_workers()
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        if self.env is None:
+            raise ValueError("The model has no environment to learn from: call `set_env(env)` or `load(path, env=env)` first.")
+        self._check_workers(self.env)
+        self._base_seed = int(np.random.randint(2**31))
+        self._pending_env_seeds = pending_seeds(self.env)  # the reset in SB3's method uses them up
+        return super()._setup_learn(*args, **kwargs)
+
+    def _start_workers(self, env: VecEnv) -> HogwildCollector:
+        assert self._last_obs is not None
+        self._n_updates_at_start = self._n_updates
+        return HogwildCollector(
+            self.policy,
+            env,
+            self._last_obs,  # type: ignore[arg-type]
+            self._settings(),
+            self.n_workers,
+            seed=self._base_seed,
+            env_seeds=self._pending_env_seeds,
+            steps_before=self.num_timesteps,
+            total_steps=self._total_timesteps,
+            start_method=self.start_method,
+        )
+
+    def _stop_workers(self) -> None:
+        """Take back what was learned, and leave no process behind."""
+        if self._collector is None:
+            return
+        try:
+            # after an error the workers may be beyond telling what they did: the error itself is what the user sees
+            with contextlib.suppress(Exception):
+                self._count_unseen()
+        finally:
+            collector, self._collector = self._collector, None
+            collector.stop()
+            self._fetch(collector)
+            collector.store.fetch_optimizer(self.policy)
+            if self.env is not None:
+                continue_monitor_files(self.env)
+
+    def _fetch(self, collector: HogwildCollector) -> None:
+        """The private policy follows the shared parameters."""
+        collector.store.fetch_policy(self.policy)
+        self._n_updates = self._n_updates_at_start + collector.store.n_updates
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: RolloutBuffer,
+        n_rollout_steps: int,
+    ) -> bool:
+        """
+        Hand what the workers did to the callback, until each environment has made ``n_rollout_steps`` steps on average.
+        The workers learn meanwhile; the last call of ``learn`` waits for them to finish.
+
+        :param env: The training environment
+        :param callback: Callback that will be called once every ``n_envs`` timesteps
+        :param rollout_buffer: not used
+        :param n_rollout_steps: Number of steps per environment
+        :return: False if callback terminated the training prematurely.
+        """
+        if self._collector is None:
+            self._collector = self._start_workers(env)
+        callback.on_rollout_start()
+        n_steps = 0
+        while n_steps < n_rollout_steps or self.num_timesteps >= self._total_timesteps:
+            step = self._collector.next_step()
+            if step is None:
+                break
+            rewards, dones, infos, actions, new_obs = step
+            self.num_timesteps += env.num_envs
+            callback.update_locals(locals())
+            go_on = callback.on_step()
+            self._update_info_buffer(infos, dones)
+            if not go_on:
+                self._count_unseen()
+                return False
+            n_steps += 1
+        if step is None:
+            self._count_unseen()
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def _count_unseen(self) -> None:
+        """Stop the workers, and count what they did that made no whole step any more or that no callback wants to see."""
+        assert self._collector is not None
+        infos, dones = self._collector.drain()
+        self.num_timesteps += len(infos)
+        self._update_info_buffer(infos, dones)
+
+    def train(self) -> None:
+        """Take over what the workers have learned so far; the gradient steps themselves are theirs."""
+        assert self._collector is not None
+        self._fetch(self._collector)
+        update_learning_rate(self.policy.optimizer, self.lr_schedule(self._current_progress_remaining))
+
+    def dump_logs(self, iteration: int = 0) -> None:
+        """
+        Write log. The figures of training are means over the time since the last one.
+
+        :param iteration: Current logging iteration
+        """
+        if self._collector is not None:
+            self.logger.record("train/learning_rate", self.lr_schedule(self._current_progress_remaining))
+            self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+            for key, value in self._collector.pop_statistics().items():
+                self.logger.record(key, value)
+            if hasattr(self.policy, "log_std"):
+                self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+        super().dump_logs(iteration)
+
+    def get_parameters(self) -> dict[str, dict[str, Any]]:
+        """
+        Return the parameters of the agent; while workers run, with the optimizer's moments of this moment.
+
+        :return: Mapping of from names of the objects to PyTorch state-dicts.
+        """
+        if self._collector is not None:
+            self._collector.store.fetch_optimizer(self.policy)
+        parameters: dict[str, dict[str, Any]] = super().get_parameters()
+        return parameters
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_collector", "_base_seed", "_pending_env_seeds"]
+
+
+def _clone_single_env(env: GymEnv | str | None, n_workers: int | None) -> GymEnv | str | None:
+    """An id or a single environment is one environment; only an explicit number of workers makes more of it."""
+    if env is None or isinstance(env, VecEnv) or not isinstance(n_workers, int) or n_workers < 2:
+        return env
+    return make_vec_env(env, n_envs=n_workers) if isinstance(env, str) else clone_env(env, n_workers)
+
+
+def _cpu(device: th.device | str, verbose: int) -> th.device:
+    kind = str(device)
+    if kind not in ("auto", "cpu"):
+        raise ValueError(
+            f"device={kind!r}: A3C's workers share their parameters in the CPU's memory and learn there. Use device='cpu' or "
+            "'auto'; for one learner on a GPU, A2C and PPO are the better choice."
+        )
+    if kind == "auto" and verbose >= 1 and th.cuda.is_available():
+        print("There is a GPU, but A3C's workers learn on the CPU")
+    return th.device("cpu")

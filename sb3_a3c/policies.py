@@ -1,0 +1,405 @@
+"""
+The policies of A3C: one LSTM trunk shared by actor and critic, and the feed-forward policies of Stable-Baselines3.
+
+Shapes in this module: a rollout of ``n_steps`` steps of ``n_envs`` environments is a batch in time-major order, flattened
+to (n_steps * n_envs, …); ``episode_starts`` is (n_steps, n_envs) and tells both numbers. Acting is a rollout of one step.
+"""
+
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
+from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    MlpExtractor,
+)
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+
+#: Hidden and cell state, each (n_lstm_layers, n_envs, lstm_hidden_size); empty for a policy without memory.
+LstmState = tuple[th.Tensor, ...]
+
+MlpPolicy = ActorCriticPolicy
+CnnPolicy = ActorCriticCnnPolicy
+MultiInputPolicy = MultiInputActorCriticPolicy
+
+
+class RecurrentPolicy(Protocol):
+    """What a worker asks of a policy: everything takes the memory before it, and acting returns the memory after it."""
+
+    def initial_state(self, n_envs: int) -> LstmState: ...
+
+    def forward(
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, deterministic: bool = False
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, LstmState]: ...
+
+    def predict_values(self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor) -> th.Tensor: ...
+
+    def evaluate_actions(
+        self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]: ...
+
+
+def as_recurrent(policy: ActorCriticPolicy) -> RecurrentPolicy:
+    """
+    :param policy: one of ours, or any feed-forward ``ActorCriticPolicy``
+    :return: the same policy behind the recurrent calling convention; a feed-forward one has an empty memory
+    """
+    return policy if isinstance(policy, LstmActorCriticPolicy) else _Memoryless(policy)
+
+
+class _Memoryless:
+    """A feed-forward policy in the recurrent calling convention."""
+
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        self.policy = policy
+
+    def initial_state(self, n_envs: int) -> LstmState:
+        return ()
+
+    def forward(
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, deterministic: bool = False
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, LstmState]:
+        return *self.policy(obs, deterministic), state
+
+    def predict_values(self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor) -> th.Tensor:
+        return self.policy.predict_values(obs)
+
+    def evaluate_actions(
+        self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        return self.policy.evaluate_actions(obs, actions)
+
+
+def to_env_actions(policy: ActorCriticPolicy, actions: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """
+    What the environment gets for the policy's actions, as in A2C: squashed actions are scaled to the bounds of the
+    action space, Gaussian ones are clipped to them, discrete ones are passed on.
+
+    :param actions: (n_envs, …)
+    :return: (n_envs, …)
+    """
+    if not isinstance(policy.action_space, spaces.Box):
+        return actions
+    if policy.squash_output:
+        scaled: npt.NDArray[Any] = policy.unscale_action(actions)
+        return scaled
+    return np.clip(actions, policy.action_space.low, policy.action_space.high)
+
+
+class BabyCNN(BaseFeaturesExtractor):
+    """
+    The convolutions of baby-a3c (Greydanus 2017): four layers of 32 filters, 3x3, stride 2, padding 1, each followed by
+    an ELU. An 84x84 image becomes 1152 features.
+
+    :param observation_space: a channels-first image space, (n_channels, height, width)
+    :raises ValueError: if the space is not an image
+    """
+
+    def __init__(self, observation_space: spaces.Space[Any]) -> None:
+        if not is_image_space(observation_space, check_channels=False, normalized_image=True):
+            raise ValueError(
+                f"BabyCNN needs images (a Box of 3 dimensions), not {observation_space}. "
+                "Use `MlpLstmPolicy` for vectors and `MultiInputLstmPolicy` for dictionaries."
+            )
+        assert observation_space.shape is not None
+        n_channels, height, width = observation_space.shape
+        for _ in range(4):
+            height, width = (height + 1) // 2, (width + 1) // 2
+        super().__init__(observation_space, features_dim=32 * height * width)
+        layers: list[nn.Module] = []
+        for in_channels in (n_channels, 32, 32, 32):
+            layers += [nn.Conv2d(in_channels, 32, kernel_size=3, stride=2, padding=1), nn.ELU()]
+        self.cnn = nn.Sequential(*layers, nn.Flatten())
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        # (batch, n_channels, height, width) -> (batch, features_dim)
+        features: th.Tensor = self.cnn(observations)
+        return features
+
+
+class LstmActorCriticPolicy(ActorCriticPolicy):
+    """
+    Actor and critic over one LSTM. The gradients of *both* heads flow through it (in sb3-contrib's shared LSTM the
+    critic's does not). Alias: ``MlpLstmPolicy``.
+
+    Parameters that are not listed are those of SB3's ``ActorCriticPolicy``; the features extractor is always shared.
+
+    :param net_arch: layers between the LSTM and the heads; default: none, the heads are linear
+    :param lstm_hidden_size: number of hidden units of each LSTM layer
+    :param n_lstm_layers: number of LSTM layers
+    :param lstm_kwargs: further arguments for ``th.nn.LSTM`` (``dropout``, ``bias``)
+    :param channels_last: keep convolution weights in ``th.channels_last``, which CPUs compute up to twice as fast
+    :raises ValueError: if ``lstm_kwargs`` asks for a bidirectional, batch-first or projected LSTM
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.Tanh,
+        ortho_init: bool = True,
+        use_sde: bool = False,
+        log_std_init: float = 0.0,
+        full_std: bool = True,
+        use_expln: bool = False,
+        squash_output: bool = False,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        lstm_hidden_size: int = 256,
+        n_lstm_layers: int = 1,
+        lstm_kwargs: dict[str, Any] | None = None,
+        channels_last: bool = True,
+    ) -> None:
+        self.channels_last = channels_last
+        self.lstm_hidden_size = lstm_hidden_size
+        self.n_lstm_layers = n_lstm_layers
+        self.lstm_kwargs = lstm_kwargs or {}
+        for name in ("bidirectional", "batch_first", "proj_size"):
+            if self.lstm_kwargs.get(name):
+                raise ValueError(f"lstm_kwargs: `{name}` is not possible in a policy that acts step by step; leave it out.")
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            [] if net_arch is None else net_arch,
+            activation_fn,
+            ortho_init,
+            use_sde,
+            log_std_init,
+            full_std,
+            use_expln,
+            squash_output,
+            features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images=normalize_images,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+        )
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            lstm_hidden_size=self.lstm_hidden_size,
+            n_lstm_layers=self.n_lstm_layers,
+            lstm_kwargs=self.lstm_kwargs,
+            channels_last=self.channels_last,
+        )
+        return data
+
+    def _build_mlp_extractor(self) -> None:
+        # SB3 calls this between features extractor and heads, before it makes the optimizer: the trunk's place.
+        self.lstm = nn.LSTM(self.features_dim, self.lstm_hidden_size, self.n_lstm_layers, **self.lstm_kwargs)
+        self.mlp_extractor = MlpExtractor(
+            self.lstm_hidden_size, net_arch=self.net_arch, activation_fn=self.activation_fn, device=self.device
+        )
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        super()._build(lr_schedule)
+        if self.channels_last:
+            for weight in self.features_extractor.parameters():
+                if weight.dim() == 4:  # after the initialisation, which needs contiguous weights
+                    weight.data = weight.data.clone(memory_format=th.channels_last)
+
+    def initial_state(self, n_envs: int) -> LstmState:
+        """:return: zeros, as at the start of an episode"""
+        shape = (self.n_lstm_layers, n_envs, self.lstm_hidden_size)
+        return tuple(self.lstm.weight_hh_l0.new_zeros(shape) for _ in range(2))
+
+    def extract_features(  # type: ignore[override]
+        self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor | None = None
+    ) -> th.Tensor:
+        """As SB3's, but in the precision of the parameters (SB3's preprocessing makes float32 whatever that is)."""
+        preprocessed = preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
+        dtype = self.lstm.weight_hh_l0.dtype
+        if isinstance(preprocessed, dict):
+            preprocessed = {key: value.to(dtype) for key, value in preprocessed.items()}
+        else:
+            preprocessed = preprocessed.to(dtype)
+        features: th.Tensor = (features_extractor or self.features_extractor)(preprocessed)
+        return features
+
+    def _remember(
+        self, features: th.Tensor, state: LstmState, episode_starts: th.Tensor
+    ) -> tuple[th.Tensor, LstmState]:
+        """
+        Run the LSTM over a rollout, in one call for each stretch between the steps at which some environment starts an
+        episode: there, and only there, states must be zeroed.
+
+        :param features: (n_steps * n_envs, features_dim)
+        :param state: state before the first step
+        :param episode_starts: (n_steps, n_envs), bool
+        :return: outputs (n_steps * n_envs, lstm_hidden_size), and the state after the last step
+        """
+        n_steps, n_envs = episode_starts.shape
+        sequence = features.reshape(n_steps, n_envs, -1)  # (n_steps * n_envs, F) -> (n_steps, n_envs, F)
+        cuts = (episode_starts[1:].any(dim=1).nonzero().flatten() + 1).tolist()
+        outputs = []
+        for begin, end in pairwise([0, *cuts, n_steps]):
+            carry = (~episode_starts[begin]).to(sequence.dtype).view(1, n_envs, 1)
+            output, state = self.lstm(sequence[begin:end], tuple(carry * part for part in state))
+            outputs.append(output)
+        # (n_steps, n_envs, H) -> (n_steps * n_envs, H)
+        return th.cat(outputs).flatten(0, 1) if len(outputs) > 1 else outputs[0].flatten(0, 1), state
+
+    def forward(  # type: ignore[override]
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, deterministic: bool = False
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, LstmState]:
+        """
+        Act: one step of ``n_envs`` environments.
+
+        :param obs: (n_envs, …)
+        :param state: state before the step
+        :param episode_starts: (n_envs,), bool: whose state is to be zeroed first
+        :param deterministic: take the mode instead of a sample
+        :return: actions (n_envs, …), values (n_envs, 1), log-probabilities (n_envs,), and the state after the step
+        """
+        latent, state = self._remember(self.extract_features(obs), state, episode_starts[None])
+        values = self.value_net(self.mlp_extractor.forward_critic(latent))
+        distribution = self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent))
+        actions = distribution.get_actions(deterministic=deterministic)
+        log_prob = distribution.log_prob(actions)
+        assert self.action_space.shape is not None
+        return actions.reshape((-1, *self.action_space.shape)), values, log_prob, state
+
+    def evaluate_actions(  # type: ignore[override]
+        self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """
+        Evaluate the actions of a whole rollout, with gradients through time.
+
+        :param obs: (n_steps * n_envs, …)
+        :param actions: (n_steps * n_envs, …)
+        :param state: state before the first step
+        :param episode_starts: (n_steps, n_envs), bool
+        :return: values (n_steps * n_envs, 1), log-probabilities and entropies (n_steps * n_envs,)
+        """
+        latent, _ = self._remember(self.extract_features(obs), state, episode_starts)
+        distribution = self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent))
+        values = self.value_net(self.mlp_extractor.forward_critic(latent))
+        return values, distribution.log_prob(actions), distribution.entropy()
+
+    def predict_values(  # type: ignore[override]
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor
+    ) -> th.Tensor:
+        """
+        :param obs: (n_envs, …)
+        :param state: state before the step
+        :param episode_starts: (n_envs,), bool
+        :return: values (n_envs, 1)
+        """
+        latent, _ = self._remember(self.extract_features(obs), state, episode_starts[None])
+        values: th.Tensor = self.value_net(self.mlp_extractor.forward_critic(latent))
+        return values
+
+    def get_distribution(  # type: ignore[override]
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor
+    ) -> tuple[Distribution, LstmState]:
+        """
+        :param obs: (n_envs, …)
+        :param state: state before the step
+        :param episode_starts: (n_envs,), bool
+        :return: the distribution of actions, and the state after the step
+        """
+        latent, state = self._remember(self.extract_features(obs), state, episode_starts[None])
+        return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent)), state
+
+    def predict(
+        self,
+        observation: npt.NDArray[Any] | dict[str, npt.NDArray[Any]],
+        state: tuple[npt.NDArray[Any], ...] | None = None,
+        episode_start: npt.NDArray[Any] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[npt.NDArray[Any], tuple[npt.NDArray[Any], ...] | None]:
+        """
+        Action for an observation and a hidden state; the calling convention of sb3-contrib's recurrent policies.
+        Without ``state`` the policy starts with an empty memory: pass back the state that the last call returned.
+
+        :param observation: one observation or a batch of them
+        :param state: hidden and cell state, each (n_lstm_layers, n_envs, lstm_hidden_size)
+        :param episode_start: (n_envs,), whether the observation is the first of an episode (its state is zeroed first)
+        :param deterministic: take the mode instead of a sample
+        :return: the action(s) and the next state
+        """
+        self.set_training_mode(False)
+        obs, vectorized = self.obs_to_tensor(observation)
+        n_envs = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
+        with th.no_grad():
+            before = self.initial_state(n_envs)
+            if state is not None:
+                before = tuple(th.as_tensor(new).to(zeros) for new, zeros in zip(state, before, strict=True))
+            starts = th.zeros(n_envs, dtype=th.bool)
+            if episode_start is not None:
+                starts = th.as_tensor(np.asarray(episode_start, dtype=bool)).reshape(n_envs)
+            distribution, after = self.get_distribution(obs, before, starts.to(self.device))
+            actions = distribution.get_actions(deterministic=deterministic).cpu().numpy()
+        assert self.action_space.shape is not None
+        env_actions = to_env_actions(self, actions.reshape((-1, *self.action_space.shape)))
+        if not vectorized:
+            env_actions = env_actions.squeeze(axis=0)
+        return env_actions, tuple(part.cpu().numpy() for part in after)
+
+
+class LstmActorCriticCnnPolicy(LstmActorCriticPolicy):
+    """As :class:`LstmActorCriticPolicy`, for images: :class:`BabyCNN` before the LSTM. Alias: ``CnnLstmPolicy``."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        *args: Any,
+        features_extractor_class: type[BaseFeaturesExtractor] = BabyCNN,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            *args,
+            features_extractor_class=features_extractor_class,
+            **kwargs,
+        )
+
+
+class LstmMultiInputActorCriticPolicy(LstmActorCriticPolicy):
+    """
+    As :class:`LstmActorCriticPolicy`, for dictionaries of observations: SB3's ``CombinedExtractor`` before the LSTM.
+    Alias: ``MultiInputLstmPolicy``.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        *args: Any,
+        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            *args,
+            features_extractor_class=features_extractor_class,
+            **kwargs,
+        )
+
+
+MlpLstmPolicy = LstmActorCriticPolicy
+CnnLstmPolicy = LstmActorCriticCnnPolicy
+MultiInputLstmPolicy = LstmMultiInputActorCriticPolicy

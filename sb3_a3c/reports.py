@@ -1,0 +1,208 @@
+"""
+From workers' reports to what Stable-Baselines3 sees: pure, knows no processes.
+
+A worker reports once per rollout. :class:`StepAssembler` turns the reports of all workers into steps of ``n_envs``
+transitions, as ``env.step`` of one vectorised environment would have returned them. :class:`TrainingStatistics` pools
+what they say about learning for the logger.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Obs = npt.NDArray[Any] | dict[str, npt.NDArray[Any]]
+
+
+@dataclass
+class RolloutStatistics:
+    """Sums over one rollout of one worker, so that rollouts of different sizes pool exactly."""
+
+    n_transitions: int = 0
+    policy_loss: float = 0.0  #: sums over transitions of the objective's terms (not yet weighted by coefficients) …
+    value_loss: float = 0.0
+    entropy: float = 0.0
+    return_moments: tuple[float, float] = (0.0, 0.0)  #: … of the returns and their squares,
+    error_moments: tuple[float, float] = (0.0, 0.0)  #: … of ``returns - values`` and their squares
+    n_updates: int = 0
+    grad_norm: float = 0.0  #: sums over updates, before clipping
+    staleness: int = 0
+    skipped_updates: int = 0  #: updates dropped because their gradient was not finite
+    seconds: dict[str, float] = field(default_factory=dict)  #: time spent acting, stepping, learning, sharing
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a worker says after a rollout. T = n_steps, N = environments of this worker."""
+
+    env_indices: Sequence[int]  #: which of the user's environments these are (N,)
+    rewards: npt.NDArray[np.float32]  #: (T, N)
+    dones: npt.NDArray[np.bool_]  #: (T, N)
+    actions: npt.NDArray[Any]  #: (T, N, …), as the policy chose them
+    infos: list[list[dict[str, Any]]]  #: T lists of N
+    last_obs: Obs  #: (N, …), the observations after the last step
+    statistics: RolloutStatistics
+
+
+class Step(NamedTuple):
+    """One step of ``n_envs`` environments, in the terms of ``VecEnv.step``."""
+
+    rewards: npt.NDArray[np.float32]  #: (n_envs,)
+    dones: npt.NDArray[np.bool_]  #: (n_envs,)
+    infos: list[dict[str, Any]]  #: n_envs; ``env_index`` says whose transition it is
+    actions: npt.NDArray[Any]  #: (n_envs, …)
+    new_obs: Obs  #: (n_envs, …), each row the newest known; exact at the last step of a rollout
+
+
+class _Transition(NamedTuple):
+    reward: float
+    done: bool
+    info: dict[str, Any]
+    action: npt.NDArray[Any]
+    rollout_end: tuple[int, Obs] | None  #: at a rollout's last step: where this environment's observation is
+
+
+class StepAssembler:
+    """
+    Puts transitions into steps. Row i of a step is environment i while workers keep pace. When some environment is
+    ``max_backlog`` transitions ahead, its transitions also fill the rows of those that lag, so that nobody waits.
+    The transitions of one environment stay in order of time.
+
+    :param first_obs: (n_envs, …), the observations before the first step
+    :param n_envs: number of environments
+    :param max_backlog: how many transitions of one environment may wait for the others
+    """
+
+    def __init__(self, first_obs: Obs, n_envs: int, max_backlog: int) -> None:
+        self.n_envs = n_envs
+        self.max_backlog = max_backlog
+        self._queues: list[deque[_Transition]] = [deque() for _ in range(n_envs)]
+        self._new_obs = first_obs
+
+    def add(self, report: Report) -> None:
+        """
+        :param report: the next rollout of its environments
+        """
+        n_steps = len(report.rewards)
+        for column, env_index in enumerate(report.env_indices):
+            queue = self._queues[env_index]
+            rewards, dones = report.rewards[:, column].tolist(), report.dones[:, column].tolist()
+            for t in range(n_steps):
+                info = report.infos[t][column]
+                info["env_index"] = env_index
+                end = (column, report.last_obs) if t == n_steps - 1 else None
+                queue.append(_Transition(rewards[t], dones[t], info, report.actions[t, column], end))
+
+    def next_step(self, flush: bool = False) -> Step | None:
+        """
+        :param flush: no more reports will come: form steps from whatever is there
+        :return: the next step, or None where more reports are needed (with ``flush``: fewer than ``n_envs`` transitions
+            are left)
+        """
+        lengths = [len(queue) for queue in self._queues]
+        if not all(lengths) and (not (flush or max(lengths) >= self.max_backlog) or sum(lengths) < self.n_envs):
+            return None
+        row = []
+        for queue in self._queues:
+            source = queue or max(self._queues, key=len)
+            row.append(source.popleft())
+        return self._step(row)
+
+    def leftovers(self) -> tuple[list[dict[str, Any]], npt.NDArray[np.bool_]]:
+        """
+        Take out the transitions that are too few for a step, or that nobody wants to see any more.
+
+        :return: their infos, and whether each ended an episode
+        """
+        rest = [transition for queue in self._queues for transition in queue]
+        for queue in self._queues:
+            queue.clear()
+        return [transition.info for transition in rest], np.array([transition.done for transition in rest], dtype=bool)
+
+    def _step(self, row: list[_Transition]) -> Step:
+        ends = [(t.info["env_index"], *t.rollout_end) for t in row if t.rollout_end is not None]
+        if ends:
+            self._new_obs = _with_rows(self._new_obs, ends)
+        return Step(
+            rewards=np.array([transition.reward for transition in row], dtype=np.float32),
+            dones=np.array([transition.done for transition in row], dtype=bool),
+            infos=[transition.info for transition in row],
+            actions=np.stack([transition.action for transition in row]),
+            new_obs=self._new_obs,
+        )
+
+
+def _with_rows(obs: Obs, rows: list[tuple[int, int, Obs]]) -> Obs:
+    """A copy of ``obs`` with new rows; each is (its index, its column in the observations given, those observations)."""
+    if isinstance(obs, dict):
+        parts = {key: [(i, column, new[key]) for i, column, new in rows if isinstance(new, dict)] for key in obs}
+        return {key: _with_array_rows(value, parts[key]) for key, value in obs.items()}
+    return _with_array_rows(obs, [(i, column, new) for i, column, new in rows if not isinstance(new, dict)])
+
+
+def _with_array_rows(obs: npt.NDArray[Any], rows: list[tuple[int, int, npt.NDArray[Any]]]) -> npt.NDArray[Any]:
+    obs = obs.copy()
+    for index, column, new in rows:
+        obs[index] = new[column]
+    return obs
+
+
+class TrainingStatistics:
+    """Pools the statistics of rollouts until the logger asks."""
+
+    def __init__(self) -> None:
+        self._pool = RolloutStatistics()
+        self.skipped_updates = 0  #: since the start; the other figures cover the time since the last ``pop``
+
+    def add(self, new: RolloutStatistics) -> None:
+        """
+        :param new: one rollout's
+        """
+        pool = self._pool
+        self.skipped_updates += new.skipped_updates
+        for name in ("n_transitions", "policy_loss", "value_loss", "entropy", "n_updates", "grad_norm", "staleness"):
+            setattr(pool, name, getattr(pool, name) + getattr(new, name))
+        pool.return_moments = _added(pool.return_moments, new.return_moments)
+        pool.error_moments = _added(pool.error_moments, new.error_moments)
+        for activity, seconds in new.seconds.items():
+            pool.seconds[activity] = pool.seconds.get(activity, 0.0) + seconds
+
+    def pop(self) -> Mapping[str, float]:
+        """
+        :return: logger keys and values: A2C's, means per transition; ours, means per update; shares of the workers' time
+        """
+        pool, self._pool = self._pool, RolloutStatistics()
+        if pool.n_transitions == 0:
+            return {}
+        values = {
+            "train/explained_variance": _explained_variance(pool),
+            "train/entropy_loss": -pool.entropy / pool.n_transitions,
+            "train/policy_loss": pool.policy_loss / pool.n_transitions,
+            "train/value_loss": pool.value_loss / pool.n_transitions,
+            "train/skipped_updates": self.skipped_updates,
+        }
+        if pool.n_updates > 0:
+            values["train/grad_norm"] = pool.grad_norm / pool.n_updates
+            values["train/staleness"] = pool.staleness / pool.n_updates
+        busy = sum(pool.seconds.values())
+        values.update({f"time/{activity}": seconds / busy for activity, seconds in pool.seconds.items()})
+        return values
+
+
+def _added(a: Iterable[float], b: Iterable[float]) -> tuple[float, float]:
+    first, second = (x + y for x, y in zip(a, b, strict=True))
+    return first, second
+
+
+def _explained_variance(pool: RolloutStatistics) -> float:
+    """1 - Var[returns - values] / Var[returns] over all pooled transitions; NaN where the returns do not vary."""
+
+    def variance(moments: tuple[float, float]) -> float:
+        mean = moments[0] / pool.n_transitions
+        return max(moments[1] / pool.n_transitions - mean**2, 0.0)
+
+    var_returns = variance(pool.return_moments)
+    return float("nan") if var_returns == 0 else 1 - variance(pool.error_moments) / var_returns

@@ -1,0 +1,304 @@
+"""
+The parameters that all workers learn on, and the optimizer's state with them: a store with two verbs.
+
+``pull`` copies the shared parameters into a worker's own policy; ``push`` applies the worker's gradient to the shared
+parameters with the shared optimizer, without a lock (Hogwild, Recht et al. 2011, arXiv:1106.5730; section 4 of
+Mnih et al. 2016). Nothing else reaches the shared parameters.
+
+One flat shared buffer holds everything, so that a process maps it with one file descriptor::
+
+    parameters │ counters │ module buffers │ optimizer state
+    ◄─ a pull ─►  one row
+     is one copy  a worker
+
+Every tensor lies there with the strides of the parameter it belongs to: torch's fused CPU optimizers take parameter,
+gradient and moments for the same order in memory without looking, and a convolution in ``channels_last`` never learns
+if they differ.
+"""
+
+import copy
+import enum
+import inspect
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+_ALIGNMENT = 64  # bytes: a cache line, so that no two tensors share one
+
+
+class Counter(enum.IntEnum):
+    """Columns of the counters. Each worker writes its own row only, so that every count is exact without a lock."""
+
+    UPDATES = 0  #: pushes done
+    RESERVED = 1  #: transitions of the rollouts begun
+    TURNS = 2  #: rollouts finished, when workers take turns
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where a tensor lies in a flat buffer of bytes."""
+
+    offset: int
+    dtype: th.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def view(self, flat: th.Tensor) -> th.Tensor:
+        n_bytes = math.prod(self.shape) * self.dtype.itemsize
+        return flat[self.offset : self.offset + n_bytes].view(self.dtype).as_strided(self.shape, self.stride)
+
+
+class _Layout:
+    """Deals out places in a flat buffer."""
+
+    def __init__(self) -> None:
+        self.n_bytes = 0
+
+    def place(self, shape: th.Size | tuple[int, ...], stride: tuple[int, ...], dtype: th.dtype) -> _Slot:
+        slot = _Slot(self.n_bytes, dtype, tuple(shape), stride)
+        n_bytes = math.prod(shape) * dtype.itemsize
+        self.n_bytes += -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
+        return slot
+
+    def place_like(self, tensor: th.Tensor) -> _Slot:
+        """A place with the order in memory of ``tensor`` (strides are kept if it is dense, else made contiguous)."""
+        return self.place(tensor.shape, th.empty_like(tensor, device="cpu").stride(), tensor.dtype)
+
+
+class ParameterStore:
+    """
+    Shared parameters, module buffers, optimizer state and counters. Picklable as an argument of a starting process,
+    where it maps the same memory.
+
+    :param policy: parameters, buffers and optimizer to start from; it keeps its own
+    :param n_workers: how many replicas may push
+    :param share_memory: False keeps everything in this process's private memory (one worker in this process)
+    :raises ValueError: if the optimizer's ``step`` needs a closure
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, n_workers: int, share_memory: bool = True) -> None:
+        check_optimizer(policy.optimizer)
+        parameters = list(policy.parameters())
+        buffers = list(policy.buffers())
+        state = [_initial_state(policy.optimizer, known) for known in _with_states(policy.optimizer, parameters)]
+
+        layout = _Layout()
+        self._parameter_slots = [layout.place_like(p) for p in parameters]
+        self._pull_bytes = layout.n_bytes
+        self._counter_slot = layout.place((n_workers, len(Counter)), (len(Counter), 1), th.int64)
+        self._buffer_slots = [layout.place_like(b) for b in buffers]
+        self._state_slots: list[dict[str, _Slot]] = []
+        self._state_numbers: list[dict[str, Any]] = []  # what an optimizer keeps outside tensors, such as a step count
+        for parameter, values in zip(parameters, state, strict=True):
+            tensors = {key: value for key, value in values.items() if isinstance(value, th.Tensor)}
+            self._state_slots.append(
+                {
+                    key: layout.place_like(parameter.to(value.dtype) if value.shape == parameter.shape else value)
+                    for key, value in tensors.items()
+                }
+            )
+            self._state_numbers.append({key: value for key, value in values.items() if key not in tensors})
+
+        self._flat = th.zeros(layout.n_bytes, dtype=th.uint8)
+        if share_memory:
+            self._flat.share_memory_()
+        for slot, tensor in zip(self._parameter_slots + self._buffer_slots, parameters + buffers, strict=True):
+            slot.view(self._flat).copy_(tensor.detach())
+        for slots, values in zip(self._state_slots, state, strict=True):
+            for key, slot in slots.items():
+                slot.view(self._flat).copy_(values[key])
+
+    @property
+    def counters(self) -> npt.NDArray[np.int64]:
+        """(n_workers, len(Counter)), shared."""
+        counters: npt.NDArray[np.int64] = self._counter_slot.view(self._flat).numpy()
+        return counters
+
+    @property
+    def n_updates(self) -> int:
+        """Pushes by all workers so far; exact."""
+        return int(self.counters[:, Counter.UPDATES].sum())
+
+    def replica(self, policy: ActorCriticPolicy, worker: int) -> "Replica":
+        """
+        Make ``policy`` a worker's replica: its parameters move into one flat private buffer, its optimizer onto the
+        shared parameters.
+
+        :param policy: a copy, for this worker alone, of the policy that the store was made from
+        :param worker: index of the worker
+        :return: the worker's two verbs
+        """
+        return Replica(self, policy, worker)
+
+    def fetch_policy(self, policy: ActorCriticPolicy) -> None:
+        """
+        Copy the shared parameters and module buffers into ``policy``, which stays private.
+
+        :param policy: a policy of the same architecture
+        """
+        with th.no_grad():
+            for slot, tensor in zip(self._parameter_slots, policy.parameters(), strict=True):
+                tensor.copy_(slot.view(self._flat))
+            for slot, tensor in zip(self._buffer_slots, policy.buffers(), strict=True):
+                tensor.copy_(slot.view(self._flat))
+
+    def fetch_optimizer(self, policy: ActorCriticPolicy) -> None:
+        """
+        Copy the shared optimizer state (moments, step counts) into ``policy.optimizer``, whose tensors stay private.
+
+        :param policy: a policy of the same architecture
+        """
+        n_updates = self.n_updates
+        state: dict[th.Tensor, dict[str, Any]] = defaultdict(dict)
+        for parameter, values in zip(policy.parameters(), self._states(), strict=True):
+            if values:
+                copies = {k: v.clone() if isinstance(v, th.Tensor) else v for k, v in values.items()}
+                if isinstance(copies.get("step"), int):  # counted in each process by itself: put the counts together
+                    copies["step"] += n_updates
+                state[parameter] = copies
+        policy.optimizer.state = state
+
+    def _states(self) -> Iterator[dict[str, Any]]:
+        """For each parameter the optimizer's state: views of the shared tensors, and its other values as they began."""
+        for slots, numbers in zip(self._state_slots, self._state_numbers, strict=True):
+            yield {**{key: slot.view(self._flat) for key, slot in slots.items()}, **numbers}
+
+
+class Replica:
+    """A worker's end of the store. Make one with :meth:`ParameterStore.replica`."""
+
+    def __init__(self, store: ParameterStore, policy: ActorCriticPolicy, worker: int) -> None:
+        self._store = store
+        self._policy = policy
+        self._worker = worker
+        self._counters = store.counters
+        self._seen_updates = 0
+        self._shared_bytes = store._flat[: store._pull_bytes]
+        self._local_bytes = th.zeros_like(self._shared_bytes)
+        self._gradient_bytes = th.zeros_like(self._shared_bytes)
+        self._shared_buffers = [slot.view(store._flat) for slot in store._buffer_slots]
+        self._learned: list[tuple[th.nn.Parameter, th.Tensor]] = []
+
+        shared_of: dict[th.Tensor, th.nn.Parameter] = {}
+        for slot, parameter in zip(store._parameter_slots, policy.parameters(), strict=True):
+            parameter.data = slot.view(self._local_bytes)
+            shared = th.nn.Parameter(slot.view(store._flat), requires_grad=parameter.requires_grad)
+            shared_of[parameter] = shared
+            if parameter.requires_grad:
+                # backward() adds into this tensor and the optimizer reads it, both in the parameter's order in memory
+                gradient = slot.view(self._gradient_bytes)
+                parameter.grad = shared.grad = gradient
+                assert _same_order(gradient, shared), (gradient.stride(), shared.stride())
+                self._learned.append((parameter, gradient))
+        self.optimizer = policy.optimizer
+        for group in self.optimizer.param_groups:
+            group["params"] = [shared_of[parameter] for parameter in group["params"]]
+        self.optimizer.state = defaultdict(dict)
+        for shared, state in zip(shared_of.values(), store._states(), strict=True):
+            for value in state.values():
+                if isinstance(value, th.Tensor) and value.shape == shared.shape:
+                    assert _same_order(value, shared), (value.stride(), shared.stride())
+            if state:
+                self.optimizer.state[shared] = state
+        self.pull()
+
+    def pull(self) -> None:
+        """Copy the shared parameters (and module buffers) into the worker's policy."""
+        self._seen_updates = self._updates_by_others()
+        self._local_bytes.copy_(self._shared_bytes)
+        for buffer, shared in zip(self._policy.buffers(), self._shared_buffers, strict=True):
+            buffer.copy_(shared)
+
+    def zero_grad(self) -> None:
+        """Set the worker's gradient to zero. (Not to None, as ``Module.zero_grad`` does: push reads these tensors.)"""
+        self._gradient_bytes.zero_()
+
+    def push(self) -> int:
+        """
+        Let the shared optimizer take one step with the gradient of the worker's policy.
+
+        :return: the staleness of that gradient: how many updates other workers made since the last pull
+        """
+        for parameter, gradient in self._learned:
+            assert parameter.grad is gradient, "a gradient was replaced: use the replica's zero_grad()"
+        staleness = self._updates_by_others() - self._seen_updates
+        self.optimizer.step()
+        for buffer, shared in zip(self._policy.buffers(), self._shared_buffers, strict=True):
+            shared.copy_(buffer)
+        self._counters[self._worker, Counter.UPDATES] += 1
+        return staleness
+
+    def _updates_by_others(self) -> int:
+        updates = self._counters[:, Counter.UPDATES]
+        return int(updates.sum() - updates[self._worker])
+
+
+def check_optimizer(optimizer: th.optim.Optimizer) -> None:
+    """
+    :raises ValueError: if the optimizer's ``step`` needs a closure, which would have to be evaluated on the shared
+        parameters while other workers change them
+    """
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} needs a closure that re-evaluates the loss, but A3C's workers push gradients to "
+            "parameters that others are changing. Use an optimizer without a closure: "
+            "policy_kwargs=dict(optimizer_class=th.optim.Adam), RMSprop, SGD, …"
+        )
+
+
+def _same_order(a: th.Tensor, b: th.Tensor) -> bool:
+    """Whether two tensors of one shape have the same order in memory (the stride of a dimension of size 1 is moot)."""
+    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+class _FirstValues(dict[str, Any]):
+    """Remembers the first value that was written under each key, as it was then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, Any] = {}
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if value is not None:
+            self.first.setdefault(key, value.clone() if isinstance(value, th.Tensor) else value)
+        super().__setitem__(key, value)
+
+
+def _with_states(
+    optimizer: th.optim.Optimizer, parameters: list[th.nn.Parameter]
+) -> list[tuple[th.nn.Parameter, dict[str, Any]]]:
+    return [(p, optimizer.state[p] if p in optimizer.state else {}) for p in parameters]
+
+
+def _initial_state(optimizer: th.optim.Optimizer, known: tuple[th.nn.Parameter, dict[str, Any]]) -> dict[str, Any]:
+    """
+    The optimizer's state for one parameter; where it has none yet, what its first step would start from.
+
+    Optimizers make their state inside ``step``. So a throw-away copy takes one with a zero gradient, and the first value
+    it writes under each key is the initial one. Neither the parameter nor any step count moves. (SGD starts its momentum
+    from the first gradient; from zero it gets the same, unless ``dampening`` is used: then the first step is damped too.)
+    """
+    parameter, state = known
+    if state or not parameter.requires_grad:
+        return state
+    for group in optimizer.param_groups:
+        if any(parameter is p for p in group["params"]):
+            break
+    else:
+        return {}
+    stand_in = th.nn.Parameter(parameter.detach().clone())
+    stand_in.grad = th.zeros_like(stand_in)
+    probe = copy.copy(optimizer)
+    probe.param_groups = [{**group, "params": [stand_in]}]
+    recorder = _FirstValues()
+    probe.state = defaultdict(dict, {stand_in: recorder})
+    probe.step()
+    return recorder.first

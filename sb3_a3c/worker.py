@@ -1,0 +1,382 @@
+"""
+The actor-learner: what each worker does, read next to Algorithm S3 of the paper (arXiv:1602.01783).
+
+    pull → act for ``n_steps`` → returns and advantages → for each chunk of environments: loss, gradient, push → report
+
+:class:`ActorLearner` does it, in whatever process it is; :func:`run_worker` is the loop of a worker process.
+"""
+
+import contextlib
+import ctypes
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import obs_as_tensor, set_random_seed, update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_a3c.errors import DivergenceError
+from sb3_a3c.loss import a3c_loss, advantages_and_returns, bootstrap_time_limits
+from sb3_a3c.policies import LstmState, as_recurrent, to_env_actions
+from sb3_a3c.reports import Obs, Report, RolloutStatistics
+from sb3_a3c.shared import Counter, ParameterStore
+
+#: So many updates in a row without a finite gradient end the training.
+MAX_SKIPPED_UPDATES = 100
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The hyper-parameters of a worker; the names are those of :class:`sb3_a3c.A3C`."""
+
+    n_steps: int
+    gamma: float
+    gae_lambda: float
+    ent_coef: float
+    vf_coef: float
+    max_grad_norm: float
+    normalize_advantage: bool
+    use_sde: bool
+    sde_sample_freq: int
+    envs_per_update: int
+    take_turns: bool
+    lr_schedule: Schedule
+
+
+class EnvShare(Protocol):
+    """A worker's environments before they are opened."""
+
+    def open(self) -> VecEnv: ...
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """All that a worker knows at its start. Units are agent steps (transitions)."""
+
+    index: int
+    seed: int
+    env_indices: tuple[int, ...]  #: of the user's environments, those that are this worker's
+    env_share: EnvShare
+    policy: bytes  #: pickled
+    settings: Settings
+    steps_before: int  #: transitions made in earlier calls of ``learn``
+    total_steps: int  #: goal, ``steps_before`` included
+
+
+class Channel(Protocol):
+    """A worker process's line to the main process."""
+
+    def send(self, message: Any) -> None: ...
+
+    def stopped(self) -> bool: ...
+
+
+def run_worker(channel: Channel, store: ParameterStore, task: bytes) -> None:
+    """
+    Body of a worker process.
+
+    :param channel: where reports go, and what says when to stop
+    :param store: the shared parameters
+    :param task: a pickled :class:`WorkerTask`
+    """
+    th.set_num_threads(1)  # as many learners as cores: more threads would only fight
+    _keep_freed_memory()
+    learner = ActorLearner(pickle.loads(task), store, channel.stopped)
+    try:
+        while (report := learner.rollout()) is not None:
+            channel.send(report)
+    finally:
+        learner.env.close()
+
+
+def _keep_freed_memory() -> None:
+    """
+    Let glibc keep the megabytes that a convolution frees, instead of giving them back to the kernel and having every page
+    of them cleared again at the next call: that costs a third of the learning time. Elsewhere this does nothing.
+    """
+    m_mmap_threshold, m_trim_threshold = -3, -1  # of <malloc.h>
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(m_mmap_threshold, 32 * 2**20)  # glibc's largest
+        mallopt(m_trim_threshold, 256 * 2**20)
+
+
+@dataclass
+class Rollout:
+    """T = n_steps transitions of each of N environments, as the worker acted them out."""
+
+    obs: Obs  #: (T, N, …)
+    actions: th.Tensor  #: (T, N, …)
+    rewards: npt.NDArray[np.float32]  #: (T, N)
+    dones: npt.NDArray[np.bool_]  #: (T, N)
+    infos: list[list[dict[str, Any]]]  #: T lists of N
+    values: npt.NDArray[np.floating]  #: (T, N), V of the states acted in
+    terminal_values: npt.NDArray[np.floating]  #: (T, N), V of the last state where a time limit ended the episode, else 0
+    last_values: npt.NDArray[np.floating]  #: (N,), V of the state after the rollout
+    first_state: LstmState  #: memory before the first step
+    episode_starts: th.Tensor  #: (T, N), bool
+    last_obs: Obs  #: (N, …)
+
+
+class ActorLearner:
+    """
+    One worker: its environments, its replica of the policy, its memory.
+
+    :param task: what to do
+    :param store: the shared parameters
+    :param should_stop: asked between steps; once it says yes, :meth:`rollout` drops the rollout it is in
+    """
+
+    def __init__(self, task: WorkerTask, store: ParameterStore, should_stop: Callable[[], bool]) -> None:
+        set_random_seed(task.seed)
+        self.task = task
+        self.settings = task.settings
+        self.should_stop = should_stop
+        self.policy: ActorCriticPolicy = pickle.loads(task.policy)
+        self.actor = as_recurrent(self.policy)
+        self.replica = store.replica(self.policy, task.index)
+        self.counters = store.counters
+        self.env = task.env_share.open()
+        self.n_envs = self.env.num_envs
+        self.obs: Obs = _copied(self.env.reset())
+        self.state = self.actor.initial_state(self.n_envs)
+        self.episode_starts = th.ones(self.n_envs, dtype=th.bool)
+        self._skipped_in_a_row = 0
+        self._clock = time.perf_counter()
+        self._statistics = RolloutStatistics()
+
+    def rollout(self) -> Report | None:
+        """
+        Make one rollout and learn from it.
+
+        :return: the report, or None when enough transitions are reserved or a stop was asked for
+        """
+        self._statistics = RolloutStatistics(seconds=dict.fromkeys(("acting", "stepping", "learning", "sharing"), 0.0))
+        self._clock = time.perf_counter()
+        if not (self._wait_for_turn() and self._reserve()):
+            self.counters[self.task.index, Counter.TURNS] = np.iinfo(np.int64).max  # nobody need wait for me again
+            return None
+        self._pull()
+        rollout = self._act()
+        if rollout is None:
+            return None
+        self._learn(rollout)
+        self.counters[self.task.index, Counter.TURNS] += 1
+        return Report(
+            env_indices=self.task.env_indices,
+            rewards=rollout.rewards,
+            dones=rollout.dones,
+            actions=rollout.actions.numpy(),
+            infos=rollout.infos,
+            last_obs=rollout.last_obs,
+            statistics=self._statistics,
+        )
+
+    def _wait_for_turn(self) -> bool:
+        """With ``take_turns``: wait until those before me have finished this round and those behind me the last one."""
+        if not self.settings.take_turns:
+            return not self.should_stop()
+        turns, me = self.counters[:, Counter.TURNS], self.task.index
+        while not self.should_stop():
+            if (turns[:me] > turns[me]).all() and (turns[me + 1 :] >= turns[me]).all():
+                return True
+            time.sleep(1e-4)
+        return False
+
+    def _reserve(self) -> bool:
+        """Announce a rollout before it begins, so that all workers together overshoot by one rollout each at most."""
+        reserved = self.counters[:, Counter.RESERVED]
+        if self.task.steps_before + int(reserved.sum()) >= self.task.total_steps:
+            return False
+        reserved[self.task.index] += self.settings.n_steps * self.n_envs
+        steps = self.task.steps_before + int(reserved.sum())
+        progress_remaining = max(0.0, 1.0 - steps / self.task.total_steps)
+        update_learning_rate(self.replica.optimizer, self.settings.lr_schedule(progress_remaining))
+        return True
+
+    def _pull(self) -> None:
+        """Algorithm S3: "Synchronize thread-specific parameters θ' = θ and θ'_v = θ_v"."""
+        self.replica.pull()
+        if self.settings.use_sde:
+            self.policy.reset_noise(self.n_envs)
+        self._spent("sharing")
+
+    def _act(self) -> Rollout | None:
+        """Algorithm S3: "Perform a_t according to policy π(a_t|s_t; θ'); receive reward r_t and new state s_{t+1}"."""
+        n_steps, n_envs = self.settings.n_steps, self.n_envs
+        self.policy.set_training_mode(False)
+        first_state = self.state
+        obs, actions, infos, starts = [], [], [], []
+        rewards = np.zeros((n_steps, n_envs), dtype=np.float32)
+        dones = np.zeros((n_steps, n_envs), dtype=bool)
+        values: list[th.Tensor] = []
+        terminal_values = th.zeros(n_steps, n_envs, dtype=next(self.policy.parameters()).dtype)
+        for t in range(n_steps):
+            if self.should_stop():
+                return None
+            if self.settings.use_sde and self.settings.sde_sample_freq > 0 and t % self.settings.sde_sample_freq == 0:
+                self.policy.reset_noise(n_envs)
+            with th.no_grad():
+                action, value, _, self.state = self.actor.forward(_as_tensor(self.obs), self.state, self.episode_starts)
+            obs.append(self.obs)
+            starts.append(self.episode_starts)
+            actions.append(action)
+            values.append(value.flatten())
+            env_actions = to_env_actions(self.policy, action.numpy())
+            self._spent("acting")
+            new_obs, rewards[t], dones[t], info = self.env.step(env_actions)
+            self._spent("stepping")
+            infos.append(info)
+            self.obs = _copied(new_obs)
+            self.episode_starts = th.from_numpy(dones[t].copy())
+            for i in np.flatnonzero(dones[t]):
+                if info[i].get("TimeLimit.truncated", False) and info[i].get("terminal_observation") is not None:
+                    terminal_values[t, i] = self._terminal_value(info[i]["terminal_observation"], int(i))
+        with th.no_grad():
+            last_values = self.actor.predict_values(_as_tensor(self.obs), self.state, self.episode_starts).flatten()
+        self._spent("acting")
+        return Rollout(
+            obs=_stacked(obs),
+            actions=th.stack(actions),
+            rewards=rewards,
+            dones=dones,
+            infos=infos,
+            values=th.stack(values).numpy(),
+            terminal_values=terminal_values.numpy(),
+            last_values=last_values.numpy(),
+            first_state=first_state,
+            episode_starts=th.stack(starts),
+            last_obs=self.obs,
+        )
+
+    def _terminal_value(self, terminal_obs: Obs, env: int) -> th.Tensor:
+        """V of the observation at which a time limit cut an episode, with the memory that the episode had."""
+        state = tuple(part[:, env : env + 1] for part in self.state)
+        with th.no_grad():
+            obs = self.policy.obs_to_tensor(terminal_obs)[0]
+            return self.actor.predict_values(obs, state, th.zeros(1, dtype=th.bool))[0, 0]
+
+    def _learn(self, rollout: Rollout) -> None:
+        """Algorithm S3 from "R = …" to "Perform asynchronous update", once for each chunk of environments."""
+        settings = self.settings
+        rewards = bootstrap_time_limits(rollout.rewards, rollout.terminal_values, settings.gamma)
+        advantages, returns = advantages_and_returns(
+            rewards, rollout.values, rollout.dones, rollout.last_values, settings.gamma, settings.gae_lambda
+        )
+        self.policy.set_training_mode(True)
+        for begin in range(0, self.n_envs, settings.envs_per_update):
+            chunk = slice(begin, min(begin + settings.envs_per_update, self.n_envs))
+            if begin > 0:
+                self._pull()
+            self._compute_gradient(rollout, advantages[:, chunk], returns[:, chunk], chunk)
+            self._push()
+        errors = returns - rollout.values
+        self._statistics.n_transitions += returns.size
+        self._statistics.return_moments = (float(returns.sum()), float(np.square(returns).sum()))
+        self._statistics.error_moments = (float(errors.sum()), float(np.square(errors).sum()))
+        self._spent("learning")
+
+    def _compute_gradient(
+        self,
+        rollout: Rollout,
+        advantages: npt.NDArray[np.floating],
+        returns: npt.NDArray[np.floating],
+        chunk: slice,
+    ) -> None:
+        """
+        Leave the gradient of the loss over a chunk of environments in the replica.
+
+        :param rollout: of all environments
+        :param advantages: (n_steps, chunk)
+        :param returns: (n_steps, chunk)
+        :param chunk: which environments
+        """
+        shape = returns.shape
+        if self.settings.normalize_advantage and advantages.size > 1:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        actions = rollout.actions[:, chunk].flatten(0, 1)  # (T, n, …) -> (T * n, …)
+        if isinstance(self.policy.action_space, spaces.Discrete):
+            actions = actions.long().flatten()
+        values, log_prob, entropy = self.actor.evaluate_actions(
+            _as_tensor(_flat_chunk(rollout.obs, chunk)),
+            actions,
+            tuple(part[:, chunk].contiguous() for part in rollout.first_state),
+            rollout.episode_starts[:, chunk],
+        )
+        terms = a3c_loss(
+            values.reshape(shape),  # (T * n, 1) -> (T, n)
+            log_prob.reshape(shape),
+            None if entropy is None else entropy.reshape(shape),
+            th.as_tensor(returns, dtype=values.dtype),
+            th.as_tensor(advantages, dtype=values.dtype),
+            self.settings.ent_coef,
+            self.settings.vf_coef,
+        )
+        self.replica.zero_grad()
+        terms.loss.backward()  # type: ignore[no-untyped-call]
+        n_envs = shape[1]
+        self._statistics.policy_loss += terms.policy_loss.item() * n_envs
+        self._statistics.value_loss += terms.value_loss.item() * n_envs
+        self._statistics.entropy += terms.entropy.item() * n_envs
+
+    def _push(self) -> None:
+        """Algorithm S3: "Perform asynchronous update of θ using dθ and of θ_v using dθ_v", unless it is not finite."""
+        norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm).item()
+        self._spent("learning")
+        if not np.isfinite(norm):
+            self._skip_update()
+            return
+        self._skipped_in_a_row = 0
+        self._statistics.staleness += self.replica.push()
+        self._statistics.n_updates += 1
+        self._statistics.grad_norm += norm
+        self._spent("sharing")
+
+    def _skip_update(self) -> None:
+        self._statistics.skipped_updates += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= MAX_SKIPPED_UPDATES:
+            raise DivergenceError(
+                f"The gradient was NaN or infinite {MAX_SKIPPED_UPDATES} times in a row; none of these updates was applied. "
+                "Look for NaN or infinity in observations and rewards (wrap the environment in VecCheckNan), or lower "
+                "`learning_rate` or `max_grad_norm`."
+            )
+
+    def _spent(self, activity: str) -> None:
+        """Book the time since the last call."""
+        now = time.perf_counter()
+        self._statistics.seconds[activity] += now - self._clock
+        self._clock = now
+
+
+def _as_tensor(obs: Obs) -> Any:
+    return obs_as_tensor(obs, th.device("cpu"))
+
+
+def _copied(obs: Any) -> Obs:
+    """Wrappers may hand out a buffer that the next step overwrites."""
+    if isinstance(obs, dict):
+        return {key: np.array(value) for key, value in obs.items()}
+    return np.array(obs)
+
+
+def _stacked(rows: list[Any]) -> Obs:
+    """T observations of N environments -> (T, N, …)"""
+    if isinstance(rows[0], dict):
+        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    return np.stack(rows)
+
+
+def _flat_chunk(obs: Obs, chunk: slice) -> Obs:
+    """(T, N, …) -> (T * n, …), the n environments of a chunk"""
+    if isinstance(obs, dict):
+        return {key: value[:, chunk].reshape(-1, *value.shape[2:]) for key, value in obs.items()}
+    return obs[:, chunk].reshape(-1, *obs.shape[2:])

@@ -1,0 +1,21 @@
+"""Shared by all tests: a stack dump and an end for whatever hangs, and Atari's environments."""
+
+import faulthandler
+import sys
+from collections.abc import Iterator
+
+import ale_py
+import gymnasium as gym
+import pytest
+import torch as th
+
+faulthandler.enable(file=sys.__stderr__)
+gym.register_envs(ale_py)
+
+
+@pytest.fixture(autouse=True)
+def _threads_are_left_alone() -> Iterator[None]:
+    """No test may change the number of torch's threads for the next one."""
+    before = th.get_num_threads()
+    yield
+    assert th.get_num_threads() == before
