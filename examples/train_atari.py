@@ -14,6 +14,7 @@ from pathlib import Path
 
 import ale_py
 import gymnasium as gym
+import numpy as np
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -42,10 +43,7 @@ def train(args: argparse.Namespace, folder: Path) -> None:
     monitor_kwargs = {"override_existing": not args.resume}
     env = make_atari_env(args.env, args.n_envs, args.seed, monitor_dir=str(folder), monitor_kwargs=monitor_kwargs)
     settings = {"n_workers": args.n_workers, "verbose": 1, "tensorboard_log": str(folder), "seed": args.seed}
-    if args.resume:
-        model = A3C.load(newest(folder), env=env, **settings)
-    else:
-        model = A3C("CnnLstmPolicy", env, **settings)
+    model = A3C.load(newest(folder), env, **settings) if args.resume else A3C("CnnLstmPolicy", env, **settings)
     # callbacks are called once every n_envs timesteps
     checkpoints = CheckpointCallback(max(args.save_freq // args.n_envs, 1), str(folder / "checkpoints"), "a3c")
     evaluation = EvalCallback(
@@ -56,6 +54,9 @@ def train(args: argparse.Namespace, folder: Path) -> None:
         best_model_save_path=str(folder),
         deterministic=False,
     )
+    if args.resume:
+        model.set_random_seed(args.seed + model.num_timesteps)  # not the episodes of the beginning again
+        continue_evaluations(evaluation, folder / "evaluations.npz")
     remaining = args.timesteps - model.num_timesteps
     try:
         model.learn(remaining, [checkpoints, evaluation], reset_num_timesteps=not args.resume, progress_bar=True)
@@ -64,11 +65,23 @@ def train(args: argparse.Namespace, folder: Path) -> None:
         print(f"Saved {folder / 'model.zip'} after {model.num_timesteps} timesteps")
 
 
+def continue_evaluations(callback: EvalCallback, path: Path) -> None:
+    """The best score before --resume stays the one to beat, and the old evaluations stay in the file."""
+    if path.exists():
+        with np.load(path) as old:
+            callback.evaluations_timesteps = old["timesteps"].tolist()
+            callback.evaluations_results = old["results"].tolist()
+            callback.evaluations_length = old["ep_lengths"].tolist()
+        callback.best_mean_reward = max(float(np.mean(returns)) for returns in callback.evaluations_results)
+
+
 def record(model: A3C, env: VecEnv, path: Path) -> None:
     from moviepy import ImageSequenceClip
 
     frames = []
-    evaluate_policy(model, env, n_eval_episodes=1, deterministic=False, callback=lambda *_: frames.append(env.get_images()[0]))
+    evaluate_policy(
+        model, env, n_eval_episodes=1, deterministic=False, callback=lambda *_: frames.append(env.get_images()[0])
+    )
     clip = ImageSequenceClip(frames, fps=15)  # 60 frames a second, of which the agent sees every fourth
     clip.write_gif(str(path)) if path.suffix == ".gif" else clip.write_videofile(str(path), logger=None)
     print(f"Recorded a game of {len(frames)} steps in {path}")
@@ -79,7 +92,9 @@ def main() -> None:
     parser.add_argument("--env", default="PongNoFrameskip-v4", help="id of an Atari environment without frame skip")
     parser.add_argument("--n-envs", type=int, default=16, help="number of environments")
     parser.add_argument("--n-workers", type=int, default=None, help="worker processes (default: one for each core)")
-    parser.add_argument("--timesteps", type=int, default=10_000_000, help="train until so many, those before --resume included")
+    parser.add_argument(
+        "--timesteps", type=int, default=10_000_000, help="train until so many, those before --resume included"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-freq", type=int, default=100_000, help="timesteps between two checkpoints")
     parser.add_argument("--eval-freq", type=int, default=250_000, help="timesteps between two evaluations")

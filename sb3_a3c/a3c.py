@@ -1,6 +1,5 @@
 """The algorithm class: what the user types."""
 
-import contextlib
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -160,8 +159,12 @@ class A3C(OnPolicyAlgorithm):
         kwargs = dict(self.policy_kwargs)
         if "optimizer_class" not in kwargs:
             kwargs["optimizer_class"] = th.optim.RMSprop if self.use_rms_prop else th.optim.Adam
-            defaults = dict(alpha=0.99, eps=self.rms_prop_eps, weight_decay=0) if self.use_rms_prop else dict(fused=True)
-            kwargs["optimizer_kwargs"] = {**defaults, **(kwargs.get("optimizer_kwargs") or {})}
+            options = kwargs.get("optimizer_kwargs") or {}
+            if self.use_rms_prop:
+                defaults = dict(alpha=0.99, eps=self.rms_prop_eps, weight_decay=0)
+            else:
+                defaults = {} if {"foreach", "differentiable"} & options.keys() else dict(fused=True)
+            kwargs["optimizer_kwargs"] = {**defaults, **options}
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **kwargs
         )
@@ -173,8 +176,8 @@ class A3C(OnPolicyAlgorithm):
         """:raises ValueError: for what can't be trained, whatever the environment"""
         if issubclass(self.policy_class, RecurrentActorCriticPolicy):
             raise ValueError(
-                f"{self.policy_class.__name__} is sb3-contrib's: its shared LSTM does not learn from the critic. Use A3C's own "
-                'recurrent policies: "MlpLstmPolicy", "CnnLstmPolicy" or "MultiInputLstmPolicy".'
+                f"{self.policy_class.__name__} is sb3-contrib's, whose shared LSTM does not learn from the critic. "
+                'Use A3C\'s own recurrent policies: "MlpLstmPolicy", "CnnLstmPolicy" or "MultiInputLstmPolicy".'
             )
         if not issubclass(self.policy_class, ActorCriticPolicy):
             raise ValueError(f"A3C needs a subclass of ActorCriticPolicy, not {self.policy_class.__name__}.")
@@ -185,14 +188,18 @@ class A3C(OnPolicyAlgorithm):
             )
         for name, minimum in (("n_steps", 1), ("envs_per_update", 1), ("n_workers", 0)):
             value = getattr(self, name)
-            if name == "n_workers" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
+            is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if not (is_integer and value >= minimum) and not (name == "n_workers" and value is None):
                 raise ValueError(f"`{name}` must be an integer and at least {minimum}, not {value!r}.")
+        limits = {"gamma": 1.0, "gae_lambda": 1.0, "max_grad_norm": np.inf, "ent_coef": np.inf, "vf_coef": np.inf}
+        for name, maximum in limits.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value <= maximum:
+                raise ValueError(f"`{name}` must be a number between 0 and {maximum}, not {value!r}.")
         if self.start_method not in (None, "forkserver", "spawn"):
             raise ValueError(
-                f"`start_method` must be None, 'forkserver' or 'spawn', not {self.start_method!r} (a forked process hangs in "
-                "torch if its parent has used torch's threads)."
+                f"`start_method` must be None, 'forkserver' or 'spawn', not {self.start_method!r} "
+                "(a forked process hangs in torch if its parent has used torch's threads)."
             )
         for name, supported in (("observation_space", _OBSERVATION_SPACES), ("action_space", _ACTION_SPACES)):
             space = getattr(self, name, None)  # absent in a model that is loaded without environment
@@ -217,8 +224,8 @@ class A3C(OnPolicyAlgorithm):
             return
         if self.n_workers > env.num_envs:
             raise ValueError(
-                f"n_workers={self.n_workers}, but there are only {env.num_envs} environments and each worker needs at least one. "
-                f"Use n_workers={env.num_envs}, or make_vec_env(…, n_envs={self.n_workers})."
+                f"n_workers={self.n_workers}, but there are only {env.num_envs} environments, and each worker needs "
+                f"at least one. Use n_workers={env.num_envs}, or make_vec_env(…, n_envs={self.n_workers})."
             )
         take_share(env, range(env.num_envs))
 
@@ -240,7 +247,7 @@ class A3C(OnPolicyAlgorithm):
 
     def learn(
         self: SelfA3C,
-        total_timesteps: int | float,  # noqa: PYI041 (learn(8e7) is how people write it)
+        total_timesteps: int | float,
         callback: MaybeCallback = None,
         log_interval: int = 100,
         tb_log_name: str = "A3C",
@@ -264,17 +271,23 @@ class A3C(OnPolicyAlgorithm):
         :raises Exception: what an environment or the policy raised in a worker
         """
         try:
-            return super().learn(int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+            return super().learn(
+                int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
+            )
         finally:
             self._stop_workers()
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self.env is None:
-            raise ValueError("The model has no environment to learn from: call `set_env(env)` or `load(path, env=env)` first.")
+            raise ValueError(
+                "The model has no environment to learn from: call `set_env(env)` or `load(path, env=env)` first."
+            )
         self._check_workers(self.env)
         self._base_seed = int(np.random.randint(2**31))
-        self._pending_env_seeds = pending_seeds(self.env)  # the reset in SB3's method uses them up
-        return super()._setup_learn(*args, **kwargs)
+        self._pending_env_seeds = pending_seeds(self.env)
+        result = super()._setup_learn(*args, **kwargs)
+        self.env.unwrapped._reset_seeds()  # used up, also where SB3 sees no need to reset the environment
+        return result
 
     def _start_workers(self, env: VecEnv) -> HogwildCollector:
         assert self._last_obs is not None
@@ -282,7 +295,7 @@ class A3C(OnPolicyAlgorithm):
         return HogwildCollector(
             self.policy,
             env,
-            self._last_obs,  # type: ignore[arg-type]
+            self._last_obs,
             self._settings(),
             self.n_workers,
             seed=self._base_seed,
@@ -297,20 +310,22 @@ class A3C(OnPolicyAlgorithm):
         if self._collector is None:
             return
         try:
-            # after an error the workers may be beyond telling what they did: the error itself is what the user sees
-            with contextlib.suppress(Exception):
-                self._count_unseen()
+            self._count_unseen()
         finally:
             collector, self._collector = self._collector, None
-            collector.stop()
-            self._fetch(collector)
-            collector.store.fetch_optimizer(self.policy)
-            if self.env is not None:
-                continue_monitor_files(self.env)
+            try:
+                collector.stop()
+            finally:
+                self._fetch(collector)
+                collector.store.fetch_optimizer(self.policy)
+                if self.env is not None:
+                    continue_monitor_files(self.env)
 
     def _fetch(self, collector: HogwildCollector) -> None:
         """The private policy follows the shared parameters."""
         collector.store.fetch_policy(self.policy)
+        if self.use_sde:
+            self.policy.reset_noise(self.n_envs)
         self._n_updates = self._n_updates_at_start + collector.store.n_updates
 
     def collect_rollouts(
@@ -354,11 +369,12 @@ class A3C(OnPolicyAlgorithm):
         return True
 
     def _count_unseen(self) -> None:
-        """Stop the workers, and count what they did that made no whole step any more or that no callback wants to see."""
+        """Stop the workers, and count and take over what no callback has seen: the remainder, and what came after False."""
         assert self._collector is not None
         infos, dones = self._collector.drain()
         self.num_timesteps += len(infos)
         self._update_info_buffer(infos, dones)
+        self._fetch(self._collector)
 
     def train(self) -> None:
         """Take over what the workers have learned so far; the gradient steps themselves are theirs."""
@@ -375,7 +391,7 @@ class A3C(OnPolicyAlgorithm):
         if self._collector is not None:
             self.logger.record("train/learning_rate", self.lr_schedule(self._current_progress_remaining))
             self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-            for key, value in self._collector.pop_statistics().items():
+            for key, value in self._collector.statistics.pop().items():
                 self.logger.record(key, value)
             if hasattr(self.policy, "log_std"):
                 self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
@@ -396,19 +412,19 @@ class A3C(OnPolicyAlgorithm):
         return [*super()._excluded_save_params(), "_collector", "_base_seed", "_pending_env_seeds"]
 
 
-def _clone_single_env(env: GymEnv | str | None, n_workers: int | None) -> GymEnv | str | None:
+def _clone_single_env(env: GymEnv | str, n_workers: int | None) -> GymEnv | str:
     """An id or a single environment is one environment; only an explicit number of workers makes more of it."""
-    if env is None or isinstance(env, VecEnv) or not isinstance(n_workers, int) or n_workers < 2:
+    if env is None or isinstance(env, VecEnv) or not isinstance(n_workers, int | np.integer) or n_workers < 2:
         return env
-    return make_vec_env(env, n_envs=n_workers) if isinstance(env, str) else clone_env(env, n_workers)
+    return make_vec_env(env, n_envs=int(n_workers)) if isinstance(env, str) else clone_env(env, int(n_workers))
 
 
 def _cpu(device: th.device | str, verbose: int) -> th.device:
     kind = str(device)
     if kind not in ("auto", "cpu"):
         raise ValueError(
-            f"device={kind!r}: A3C's workers share their parameters in the CPU's memory and learn there. Use device='cpu' or "
-            "'auto'; for one learner on a GPU, A2C and PPO are the better choice."
+            f"device={kind!r}: A3C's workers share their parameters in the CPU's memory and learn there. "
+            "Use device='cpu' or 'auto'; for one learner on a GPU, A2C and PPO are the better choice."
         )
     if kind == "auto" and verbose >= 1 and th.cuda.is_available():
         print("There is a GPU, but A3C's workers learn on the CPU")

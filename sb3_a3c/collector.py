@@ -6,10 +6,11 @@ their reports to Stable-Baselines3 as steps of ``n_envs`` transitions.
 """
 
 import contextlib
+import multiprocessing
 import os
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import cloudpickle
@@ -51,7 +52,7 @@ class _Workers(Protocol):
 
 class HogwildCollector:
     """
-    Workers that learn on shared parameters, and what they report. Used between :meth:`start` and :meth:`stop`.
+    Workers that learn on shared parameters, and what they report. They start at once and run until :meth:`stop`.
 
     :param policy: the policy to start from, optimizer included; it stays private to this process
     :param env: the user's environments
@@ -130,24 +131,24 @@ class HogwildCollector:
         :return: the infos of those transitions, and whether each ended an episode
         """
         self._workers.request_stop()
-        while not self._workers.finished and self._receive(DRAIN_SECONDS):
-            pass
+        while not self._workers.finished:
+            try:
+                if not self._receive(DRAIN_SECONDS):
+                    break
+            except Exception:
+                continue
         return self._assembler.leftovers()
 
     def stop(self) -> None:
         """End the workers and free what was used for them; the store stays readable."""
         self._workers.stop()
 
-    def pop_statistics(self) -> Mapping[str, float]:
-        """:return: what to log about learning since the last call"""
-        return self.statistics.pop()
-
     def _receive(self, timeout: float | None = None) -> bool:
         reports = self._workers.receive(timeout)
         for _, report in reports:
             self._assembler.add(report)
             self.statistics.add(report.statistics)
-        return bool(reports)
+        return bool(reports) or self._workers.finished
 
 
 def _share_out(
@@ -157,6 +158,8 @@ def _share_out(
     if n_workers != 0:
         indices = deal(env.num_envs, min(_n_cores(), env.num_envs) if n_workers is None else n_workers)
         try:
+            if multiprocessing.current_process().daemon:
+                raise ValueError("This process is a daemon, which may not start processes of its own. Use n_workers=0.")
             return list(zip(indices, split_env(env, indices, seeds), strict=True))
         except ValueError as error:
             if n_workers is not None:

@@ -11,6 +11,7 @@ import io
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import cloudpickle
@@ -64,9 +65,12 @@ def begin_episodes(env: VecEnv, seeds: Sequence[int]) -> VecEnv:
     env.unwrapped._seeds = list(seeds)
     for single in getattr(env.unwrapped, "envs", []):
         lives = unwrap_wrapper(single, EpisodicLifeEnv)
-        if lives is not None:
+        if isinstance(lives, EpisodicLifeEnv):
             # it would answer a reset in mid-game with a no-op step in the old game, and ignore the seed
-            lives.was_real_done = True  # type: ignore[attr-defined]
+            lives.was_real_done = True
+        monitor = unwrap_wrapper(single, Monitor)
+        if isinstance(monitor, Monitor):
+            monitor.needs_reset = True  # also where it forbids resets in mid-episode
     return env
 
 
@@ -79,7 +83,7 @@ def deal(n_envs: int, n_workers: int) -> list[tuple[int, ...]]:
     :return: for each worker the indices of its environments, in order
     """
     bounds = [n_envs * worker // n_workers for worker in range(n_workers + 1)]
-    return [tuple(range(begin, end)) for begin, end in zip(bounds, bounds[1:], strict=False)]
+    return [tuple(range(begin, end)) for begin, end in pairwise(bounds)]
 
 
 def split_env(env: VecEnv, shares: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[PickledShare]:
@@ -154,7 +158,7 @@ def _dumps(env: Any) -> bytes:
         _EnvPickler(buffer).dump(env)
     except Exception as error:
         raise ValueError(
-            f"The environments can't be sent to worker processes: pickling them failed with {type(error).__name__}: {error}. "
+            f"The environments can't be sent to worker processes: pickling them raised {type(error).__name__}: {error}. "
             "Give them no open files, locks or windows before training, or use n_workers=0 to train in this process."
         ) from error
     return buffer.getvalue()

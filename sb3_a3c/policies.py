@@ -92,7 +92,8 @@ def to_env_actions(policy: ActorCriticPolicy, actions: npt.NDArray[Any]) -> npt.
     if policy.squash_output:
         scaled: npt.NDArray[Any] = policy.unscale_action(actions)
         return scaled
-    return np.clip(actions, policy.action_space.low, policy.action_space.high)
+    clipped: npt.NDArray[Any] = np.clip(actions, policy.action_space.low, policy.action_space.high)
+    return clipped
 
 
 class BabyCNN(BaseFeaturesExtractor):
@@ -117,7 +118,7 @@ class BabyCNN(BaseFeaturesExtractor):
         super().__init__(observation_space, features_dim=32 * height * width)
         layers: list[nn.Module] = []
         for in_channels in (n_channels, 32, 32, 32):
-            layers += [nn.Conv2d(in_channels, 32, kernel_size=3, stride=2, padding=1), nn.ELU()]
+            layers += [nn.Conv2d(in_channels, 32, kernel_size=3, stride=2, padding=1), nn.ELU(inplace=True)]
         self.cnn = nn.Sequential(*layers, nn.Flatten())
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
@@ -217,24 +218,23 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     def initial_state(self, n_envs: int) -> LstmState:
         """:return: zeros, as at the start of an episode"""
         shape = (self.n_lstm_layers, n_envs, self.lstm_hidden_size)
-        return tuple(self.lstm.weight_hh_l0.new_zeros(shape) for _ in range(2))
+        return tuple(th.zeros(shape, dtype=self._dtype, device=self.device) for _ in range(2))
 
-    def extract_features(  # type: ignore[override]
-        self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor | None = None
-    ) -> th.Tensor:
+    @property
+    def _dtype(self) -> th.dtype:
+        return next(self.lstm.parameters()).dtype
+
+    def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor | None = None) -> th.Tensor:
         """As SB3's, but in the precision of the parameters (SB3's preprocessing makes float32 whatever that is)."""
         preprocessed = preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
-        dtype = self.lstm.weight_hh_l0.dtype
         if isinstance(preprocessed, dict):
-            preprocessed = {key: value.to(dtype) for key, value in preprocessed.items()}
+            preprocessed = {key: value.to(self._dtype) for key, value in preprocessed.items()}
         else:
-            preprocessed = preprocessed.to(dtype)
+            preprocessed = preprocessed.to(self._dtype)
         features: th.Tensor = (features_extractor or self.features_extractor)(preprocessed)
         return features
 
-    def _remember(
-        self, features: th.Tensor, state: LstmState, episode_starts: th.Tensor
-    ) -> tuple[th.Tensor, LstmState]:
+    def _remember(self, features: th.Tensor, state: LstmState, episode_starts: th.Tensor) -> tuple[th.Tensor, LstmState]:
         """
         Run the LSTM over a rollout, in one call for each stretch between the steps at which some environment starts an
         episode: there, and only there, states must be zeroed.
@@ -249,8 +249,8 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         cuts = (episode_starts[1:].any(dim=1).nonzero().flatten() + 1).tolist()
         outputs = []
         for begin, end in pairwise([0, *cuts, n_steps]):
-            carry = (~episode_starts[begin]).to(sequence.dtype).view(1, n_envs, 1)
-            output, state = self.lstm(sequence[begin:end], tuple(carry * part for part in state))
+            starts = episode_starts[begin].view(1, n_envs, 1)
+            output, state = self.lstm(sequence[begin:end], tuple(part.masked_fill(starts, 0.0) for part in state))
             outputs.append(output)
         # (n_steps, n_envs, H) -> (n_steps * n_envs, H)
         return th.cat(outputs).flatten(0, 1) if len(outputs) > 1 else outputs[0].flatten(0, 1), state
@@ -361,7 +361,7 @@ class LstmActorCriticCnnPolicy(LstmActorCriticPolicy):
         observation_space: spaces.Space[Any],
         action_space: spaces.Space[Any],
         lr_schedule: Schedule,
-        *args: Any,
+        *,
         features_extractor_class: type[BaseFeaturesExtractor] = BabyCNN,
         **kwargs: Any,
     ) -> None:
@@ -369,7 +369,6 @@ class LstmActorCriticCnnPolicy(LstmActorCriticPolicy):
             observation_space,
             action_space,
             lr_schedule,
-            *args,
             features_extractor_class=features_extractor_class,
             **kwargs,
         )
@@ -386,7 +385,7 @@ class LstmMultiInputActorCriticPolicy(LstmActorCriticPolicy):
         observation_space: spaces.Space[Any],
         action_space: spaces.Space[Any],
         lr_schedule: Schedule,
-        *args: Any,
+        *,
         features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
         **kwargs: Any,
     ) -> None:
@@ -394,7 +393,6 @@ class LstmMultiInputActorCriticPolicy(LstmActorCriticPolicy):
             observation_space,
             action_space,
             lr_schedule,
-            *args,
             features_extractor_class=features_extractor_class,
             **kwargs,
         )

@@ -58,6 +58,7 @@ class Step(NamedTuple):
 
 
 class _Transition(NamedTuple):
+    env_index: int
     reward: float
     done: bool
     info: dict[str, Any]
@@ -91,10 +92,9 @@ class StepAssembler:
             queue = self._queues[env_index]
             rewards, dones = report.rewards[:, column].tolist(), report.dones[:, column].tolist()
             for t in range(n_steps):
-                info = report.infos[t][column]
-                info["env_index"] = env_index
+                info = {**report.infos[t][column], "env_index": env_index}
                 end = (column, report.last_obs) if t == n_steps - 1 else None
-                queue.append(_Transition(rewards[t], dones[t], info, report.actions[t, column], end))
+                queue.append(_Transition(env_index, rewards[t], dones[t], info, report.actions[t, column], end))
 
     def next_step(self, flush: bool = False) -> Step | None:
         """
@@ -123,7 +123,7 @@ class StepAssembler:
         return [transition.info for transition in rest], np.array([transition.done for transition in rest], dtype=bool)
 
     def _step(self, row: list[_Transition]) -> Step:
-        ends = [(t.info["env_index"], *t.rollout_end) for t in row if t.rollout_end is not None]
+        ends = [(t.env_index, *t.rollout_end) for t in row if t.rollout_end is not None]
         if ends:
             self._new_obs = _with_rows(self._new_obs, ends)
         return Step(
@@ -201,8 +201,9 @@ def _explained_variance(pool: RolloutStatistics) -> float:
     """1 - Var[returns - values] / Var[returns] over all pooled transitions; NaN where the returns do not vary."""
 
     def variance(moments: tuple[float, float]) -> float:
-        mean = moments[0] / pool.n_transitions
-        return max(moments[1] / pool.n_transitions - mean**2, 0.0)
+        mean, mean_square = (moment / pool.n_transitions for moment in moments)
+        spread = mean_square - mean**2
+        return spread if spread > 1e-12 * mean_square else 0.0  # less is rounding
 
     var_returns = variance(pool.return_moments)
     return float("nan") if var_returns == 0 else 1 - variance(pool.error_moments) / var_returns

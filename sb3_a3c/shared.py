@@ -87,7 +87,7 @@ class ParameterStore:
         check_optimizer(policy.optimizer)
         parameters = list(policy.parameters())
         buffers = list(policy.buffers())
-        state = [_initial_state(policy.optimizer, known) for known in _with_states(policy.optimizer, parameters)]
+        state = [_initial_state(policy.optimizer, parameter) for parameter in parameters]
 
         layout = _Layout()
         self._parameter_slots = [layout.place_like(p) for p in parameters]
@@ -108,8 +108,8 @@ class ParameterStore:
 
         self._flat = th.zeros(layout.n_bytes, dtype=th.uint8)
         if share_memory:
-            self._flat.share_memory_()
-        for slot, tensor in zip(self._parameter_slots + self._buffer_slots, parameters + buffers, strict=True):
+            self._flat.share_memory_()  # type: ignore[no-untyped-call]
+        for slot, tensor in zip(self._parameter_slots + self._buffer_slots, [*parameters, *buffers], strict=True):
             slot.view(self._flat).copy_(tensor.detach())
         for slots, values in zip(self._state_slots, state, strict=True):
             for key, slot in slots.items():
@@ -126,17 +126,6 @@ class ParameterStore:
         """Pushes by all workers so far; exact."""
         return int(self.counters[:, Counter.UPDATES].sum())
 
-    def replica(self, policy: ActorCriticPolicy, worker: int) -> "Replica":
-        """
-        Make ``policy`` a worker's replica: its parameters move into one flat private buffer, its optimizer onto the
-        shared parameters.
-
-        :param policy: a copy, for this worker alone, of the policy that the store was made from
-        :param worker: index of the worker
-        :return: the worker's two verbs
-        """
-        return Replica(self, policy, worker)
-
     def fetch_policy(self, policy: ActorCriticPolicy) -> None:
         """
         Copy the shared parameters and module buffers into ``policy``, which stays private.
@@ -144,9 +133,9 @@ class ParameterStore:
         :param policy: a policy of the same architecture
         """
         with th.no_grad():
-            for slot, tensor in zip(self._parameter_slots, policy.parameters(), strict=True):
-                tensor.copy_(slot.view(self._flat))
-            for slot, tensor in zip(self._buffer_slots, policy.buffers(), strict=True):
+            for slot, tensor in zip(
+                self._parameter_slots + self._buffer_slots, [*policy.parameters(), *policy.buffers()], strict=True
+            ):
                 tensor.copy_(slot.view(self._flat))
 
     def fetch_optimizer(self, policy: ActorCriticPolicy) -> None:
@@ -156,7 +145,7 @@ class ParameterStore:
         :param policy: a policy of the same architecture
         """
         n_updates = self.n_updates
-        state: dict[th.Tensor, dict[str, Any]] = defaultdict(dict)
+        state: defaultdict[th.Tensor, Any] = defaultdict(dict)
         for parameter, values in zip(policy.parameters(), self._states(), strict=True):
             if values:
                 copies = {k: v.clone() if isinstance(v, th.Tensor) else v for k, v in values.items()}
@@ -172,7 +161,14 @@ class ParameterStore:
 
 
 class Replica:
-    """A worker's end of the store. Make one with :meth:`ParameterStore.replica`."""
+    """
+    A worker's end of the store, with the two verbs. It makes ``policy`` a replica of the shared one: the parameters move
+    into one flat private buffer, the optimizer onto the shared parameters.
+
+    :param store: the shared parameters
+    :param policy: a copy, for this worker alone, of the policy that the store was made from
+    :param worker: index of the worker
+    """
 
     def __init__(self, store: ParameterStore, policy: ActorCriticPolicy, worker: int) -> None:
         self._store = store
@@ -182,26 +178,17 @@ class Replica:
         self._seen_updates = 0
         self._shared_bytes = store._flat[: store._pull_bytes]
         self._local_bytes = th.zeros_like(self._shared_bytes)
-        self._gradient_bytes = th.zeros_like(self._shared_bytes)
         self._shared_buffers = [slot.view(store._flat) for slot in store._buffer_slots]
-        self._learned: list[tuple[th.nn.Parameter, th.Tensor]] = []
-
-        shared_of: dict[th.Tensor, th.nn.Parameter] = {}
+        self._shared_of: dict[th.nn.Parameter, th.nn.Parameter] = {}
         for slot, parameter in zip(store._parameter_slots, policy.parameters(), strict=True):
             parameter.data = slot.view(self._local_bytes)
-            shared = th.nn.Parameter(slot.view(store._flat), requires_grad=parameter.requires_grad)
-            shared_of[parameter] = shared
-            if parameter.requires_grad:
-                # backward() adds into this tensor and the optimizer reads it, both in the parameter's order in memory
-                gradient = slot.view(self._gradient_bytes)
-                parameter.grad = shared.grad = gradient
-                assert _same_order(gradient, shared), (gradient.stride(), shared.stride())
-                self._learned.append((parameter, gradient))
+            parameter.grad = None
+            self._shared_of[parameter] = th.nn.Parameter(slot.view(store._flat), requires_grad=parameter.requires_grad)
         self.optimizer = policy.optimizer
         for group in self.optimizer.param_groups:
-            group["params"] = [shared_of[parameter] for parameter in group["params"]]
+            group["params"] = [self._shared_of[parameter] for parameter in group["params"]]
         self.optimizer.state = defaultdict(dict)
-        for shared, state in zip(shared_of.values(), store._states(), strict=True):
+        for shared, state in zip(self._shared_of.values(), store._states(), strict=True):
             for value in state.values():
                 if isinstance(value, th.Tensor) and value.shape == shared.shape:
                     assert _same_order(value, shared), (value.stride(), shared.stride())
@@ -216,22 +203,20 @@ class Replica:
         for buffer, shared in zip(self._policy.buffers(), self._shared_buffers, strict=True):
             buffer.copy_(shared)
 
-    def zero_grad(self) -> None:
-        """Set the worker's gradient to zero. (Not to None, as ``Module.zero_grad`` does: push reads these tensors.)"""
-        self._gradient_bytes.zero_()
-
     def push(self) -> int:
         """
-        Let the shared optimizer take one step with the gradient of the worker's policy.
+        Let the shared optimizer take one step with the gradient of the worker's policy, and forget the gradient.
 
         :return: the staleness of that gradient: how many updates other workers made since the last pull
         """
-        for parameter, gradient in self._learned:
-            assert parameter.grad is gradient, "a gradient was replaced: use the replica's zero_grad()"
+        for parameter, shared in self._shared_of.items():
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is None or _same_order(gradient, shared), (gradient.stride(), shared.stride())
+            shared.grad = gradient
         staleness = self._updates_by_others() - self._seen_updates
         self.optimizer.step()
-        for buffer, shared in zip(self._policy.buffers(), self._shared_buffers, strict=True):
-            shared.copy_(buffer)
+        for buffer, shared_buffer in zip(self._policy.buffers(), self._shared_buffers, strict=True):
+            shared_buffer.copy_(buffer)
         self._counters[self._worker, Counter.UPDATES] += 1
         return staleness
 
@@ -272,13 +257,7 @@ class _FirstValues(dict[str, Any]):
         super().__setitem__(key, value)
 
 
-def _with_states(
-    optimizer: th.optim.Optimizer, parameters: list[th.nn.Parameter]
-) -> list[tuple[th.nn.Parameter, dict[str, Any]]]:
-    return [(p, optimizer.state[p] if p in optimizer.state else {}) for p in parameters]
-
-
-def _initial_state(optimizer: th.optim.Optimizer, known: tuple[th.nn.Parameter, dict[str, Any]]) -> dict[str, Any]:
+def _initial_state(optimizer: th.optim.Optimizer, parameter: th.nn.Parameter) -> dict[str, Any]:
     """
     The optimizer's state for one parameter; where it has none yet, what its first step would start from.
 
@@ -286,7 +265,7 @@ def _initial_state(optimizer: th.optim.Optimizer, known: tuple[th.nn.Parameter, 
     it writes under each key is the initial one. Neither the parameter nor any step count moves. (SGD starts its momentum
     from the first gradient; from zero it gets the same, unless ``dampening`` is used: then the first step is damped too.)
     """
-    parameter, state = known
+    state: dict[str, Any] = optimizer.state.get(parameter, {})
     if state or not parameter.requires_grad:
         return state
     for group in optimizer.param_groups:
@@ -297,7 +276,8 @@ def _initial_state(optimizer: th.optim.Optimizer, known: tuple[th.nn.Parameter, 
     stand_in = th.nn.Parameter(parameter.detach().clone())
     stand_in.grad = th.zeros_like(stand_in)
     probe = copy.copy(optimizer)
-    probe.param_groups = [{**group, "params": [stand_in]}]
+    # weight decay would add to the zero gradient
+    probe.param_groups = [{**group, "params": [stand_in], **({"weight_decay": 0} if "weight_decay" in group else {})}]
     recorder = _FirstValues()
     probe.state = defaultdict(dict, {stand_in: recorder})
     probe.step()

@@ -63,7 +63,11 @@ class WorkerChannel:
 
         :param message: anything that pickle or cloudpickle can pickle
         """
-        self._pipe.send_bytes(_dumps(message))
+        data = _dumps(message)
+        try:
+            self._pipe.send_bytes(data)
+        except (BrokenPipeError, ConnectionResetError):
+            os._exit(1)  # the main process does not listen any more
 
     def stopped(self) -> bool:
         """:return: whether the main process wants this worker to end"""
@@ -91,10 +95,11 @@ class Supervisor:
         self._target = cloudpickle.dumps(target)
         self._arguments = arguments
         self._context = _context(start_method, preload)
-        self._stop_flag = th.zeros(1, dtype=th.int64).share_memory_()
+        self._stop_flag = th.zeros(1, dtype=th.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._processes: list[ForkServerProcess | SpawnProcess] = []
         self._pipes: dict[connection.Connection[Any, Any], int] = {}  # the open ones, and whose they are
-        self._finished: set[int] = set()
+        self._ended: set[int] = set()  # workers that need not be heard any more: finished, or their failure is known
+        self._failures: list[BaseException] = []  # to be raised, each once
 
     def start(self) -> None:
         """Start all processes. If one can't be started, none is left."""
@@ -107,18 +112,20 @@ class Supervisor:
                     name=f"a3c-worker-{index}",
                 )
                 self._pipes[reader] = index
-                with _starting, _without_main_module():
-                    process.start()
-                self._processes.append(process)
-                writer.close()
+                try:
+                    with _starting, _without_main_module():
+                        process.start()
+                    self._processes.append(process)
+                finally:
+                    writer.close()
         except BaseException:
             self.stop()
             raise
 
     @property
     def finished(self) -> bool:
-        """Whether every worker's function has returned and all its messages have been received."""
-        return len(self._finished) == len(self._arguments)
+        """Whether every worker has ended and all that it sent (messages, or its failure) has been received."""
+        return len(self._ended) == len(self._arguments) and not self._failures
 
     @property
     def pids(self) -> list[int]:
@@ -137,6 +144,8 @@ class Supervisor:
         deadline = None if timeout is None else time.monotonic() + timeout
         messages: list[tuple[int, Any]] = []
         while not messages and not self.finished:
+            if self._failures:  # only now: what others had sent before must not be lost
+                raise self._failures.pop(0)
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready = connection.wait([*self._pipes, *self._sentinels()], remaining)
             if not ready:
@@ -144,10 +153,8 @@ class Supervisor:
             for pipe in [pipe for pipe in self._pipes if pipe in ready]:
                 messages += self._read(pipe)
             for index, process in enumerate(self._processes):
-                # dead only once its pipe is read to the end: a worker may die after its last word
-                if process.sentinel in ready and index not in self._finished and index not in self._pipes.values():
-                    process.join()
-                    raise WorkerDiedError(f"Worker {index} {_how_it_ended(process.exitcode)}")
+                if process.sentinel in ready and index not in self._ended:
+                    self._bury(index, process)
         return messages
 
     def request_stop(self) -> None:
@@ -157,42 +164,70 @@ class Supervisor:
     def stop(self) -> None:
         """End all processes, by force if they take longer than ``STOP_SECONDS``, and free what was used for them."""
         self._stop_flag[0] = 1
-        deadline = time.monotonic() + STOP_SECONDS
-        while self._pipes and time.monotonic() < deadline:  # let workers that wait in send() go on
-            for pipe in connection.wait(list(self._pipes), max(0.0, deadline - time.monotonic())):
-                with contextlib.suppress(Exception):  # whatever they still say: it is too late
-                    self._read(pipe)  # type: ignore[arg-type]
-        for force in (lambda p: None, lambda p: p.terminate(), lambda p: p.kill()):
+        try:
+            self._discard_messages(time.monotonic() + STOP_SECONDS)
+            for force in (None, ForkServerProcess.terminate):
+                deadline = time.monotonic() + STOP_SECONDS
+                for process in self._processes:
+                    if process.exitcode is None and force is not None:
+                        force(process)
+                for process in self._processes:
+                    process.join(max(0.0, deadline - time.monotonic()))
+        finally:  # also when the user is tired of waiting
             for process in self._processes:
                 if process.exitcode is None:
-                    force(process)
-            deadline = time.monotonic() + STOP_SECONDS
-            for process in self._processes:
-                process.join(max(0.0, deadline - time.monotonic()))
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.close()
-        self._pipes, self._processes = {}, []
+                    process.kill()
+                process.join()
+                process.close()
+            for pipe in self._pipes:
+                pipe.close()
+            self._pipes, self._processes = {}, []
+
+    def _discard_messages(self, deadline: float) -> None:
+        """Let workers that wait in ``send`` go on, until each has closed its pipe."""
+        pipes = list(self._pipes)
+        while pipes and time.monotonic() < deadline:
+            for pipe in connection.wait(pipes, max(0.0, deadline - time.monotonic())):
+                assert isinstance(pipe, connection.Connection)
+                try:
+                    pipe.recv_bytes()
+                except (EOFError, OSError):
+                    pipes.remove(pipe)
 
     def _sentinels(self) -> list[int]:
-        return [p.sentinel for i, p in enumerate(self._processes) if i not in self._finished]
+        return [process.sentinel for index, process in enumerate(self._processes) if index not in self._ended]
 
     def _read(self, pipe: "connection.Connection[Any, Any]") -> list[tuple[int, Any]]:
         """The next message of a pipe that is ready; none at its end."""
         index = self._pipes[pipe]
+        data = b""
         try:
-            message = pickle.loads(pipe.recv_bytes())
-        except (EOFError, ConnectionError):
-            pipe.close()
-            del self._pipes[pipe]
-            return []
+            data = pipe.recv_bytes()
+        except (EOFError, OSError):  # the latter if the worker was killed in mid-message
+            pass
+        finally:  # at its end, or cut by Ctrl-C: nothing that follows could be understood
+            if not data:
+                pipe.close()
+                del self._pipes[pipe]
+        message = pickle.loads(data) if data else None
         if isinstance(message, _Finished):
-            self._finished.add(index)
-            return []
-        if isinstance(message, _Raised):
-            raise message.exception from WorkerTracebackError(f"In worker {index}:\n{message.traceback}")
-        return [(index, message)]
+            self._ended.add(index)
+        elif isinstance(message, _Raised):
+            self._ended.add(index)
+            message.exception.__cause__ = WorkerTracebackError(f"In worker {index}:\n{message.traceback}")
+            self._failures.append(message.exception)
+        elif data:
+            return [(index, message)]
+        return []
+
+    def _bury(self, index: int, process: ForkServerProcess | SpawnProcess) -> None:
+        """Of a worker whose process has ended: note its death, once it has nothing more to say."""
+        for pipe in [pipe for pipe, owner in self._pipes.items() if owner == index]:
+            if pipe.poll():
+                return  # its last words are read first; its own children may keep the pipe open after them
+        process.join()
+        self._ended.add(index)
+        self._failures.append(WorkerDiedError(f"Worker {index} {_how_it_ended(process.exitcode)}"))
 
 
 def _worker_process(target: bytes, pipe: Any, stop_flag: th.Tensor, arguments: tuple[Any, ...]) -> None:
@@ -203,10 +238,9 @@ def _worker_process(target: bytes, pipe: Any, stop_flag: th.Tensor, arguments: t
     try:
         pickle.loads(target)(channel, *arguments)
         channel.send(_Finished())
-    except (BrokenPipeError, ConnectionResetError):
-        os._exit(1)  # the main process does not listen any more
     except BaseException as exception:
-        channel.send(_Raised(_picklable(exception), traceback.format_exc()))
+        text = traceback.format_exc()
+        channel.send(_Raised(_picklable(exception), text))
 
 
 def _exit_with_parent() -> None:
@@ -221,7 +255,7 @@ def _picklable(exception: BaseException) -> BaseException:
     exception.__traceback__ = None
     try:
         copy = pickle.loads(_dumps(exception))
-        if type(copy) is type(exception):
+        if type(copy) is type(exception) and isinstance(exception, Exception):  # SystemExit would end the user's program
             return exception
     except Exception:
         pass
@@ -253,7 +287,8 @@ def _without_main_module() -> Iterator[None]:
     be a notebook or standard input. What a worker needs of it comes by value, through cloudpickle.
     """
     main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
+    if multiprocessing.parent_process() is None:  # else this process was itself started with a main script fit for import
+        sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield
     finally:

@@ -27,7 +27,7 @@ from sb3_a3c.errors import DivergenceError
 from sb3_a3c.loss import a3c_loss, advantages_and_returns, bootstrap_time_limits
 from sb3_a3c.policies import LstmState, as_recurrent, to_env_actions
 from sb3_a3c.reports import Obs, Report, RolloutStatistics
-from sb3_a3c.shared import Counter, ParameterStore
+from sb3_a3c.shared import Counter, ParameterStore, Replica
 
 #: So many updates in a row without a finite gradient end the training.
 MAX_SKIPPED_UPDATES = 100
@@ -142,7 +142,7 @@ class ActorLearner:
         self.should_stop = should_stop
         self.policy: ActorCriticPolicy = pickle.loads(task.policy)
         self.actor = as_recurrent(self.policy)
-        self.replica = store.replica(self.policy, task.index)
+        self.replica = Replica(store, self.policy, task.index)
         self.counters = store.counters
         self.env = task.env_share.open()
         self.n_envs = self.env.num_envs
@@ -278,10 +278,9 @@ class ActorLearner:
                 self._pull()
             self._compute_gradient(rollout, advantages[:, chunk], returns[:, chunk], chunk)
             self._push()
-        errors = returns - rollout.values
         self._statistics.n_transitions += returns.size
-        self._statistics.return_moments = (float(returns.sum()), float(np.square(returns).sum()))
-        self._statistics.error_moments = (float(errors.sum()), float(np.square(errors).sum()))
+        self._statistics.return_moments = _moments(returns)
+        self._statistics.error_moments = _moments(returns - rollout.values)
         self._spent("learning")
 
     def _compute_gradient(
@@ -305,6 +304,8 @@ class ActorLearner:
         actions = rollout.actions[:, chunk].flatten(0, 1)  # (T, n, …) -> (T * n, …)
         if isinstance(self.policy.action_space, spaces.Discrete):
             actions = actions.long().flatten()
+        elif isinstance(self.policy.action_space, spaces.Box):
+            actions = actions.flatten(1)  # (T * n, …) -> (T * n, action_dim)
         values, log_prob, entropy = self.actor.evaluate_actions(
             _as_tensor(_flat_chunk(rollout.obs, chunk)),
             actions,
@@ -320,7 +321,6 @@ class ActorLearner:
             self.settings.ent_coef,
             self.settings.vf_coef,
         )
-        self.replica.zero_grad()
         terms.loss.backward()  # type: ignore[no-untyped-call]
         n_envs = shape[1]
         self._statistics.policy_loss += terms.policy_loss.item() * n_envs
@@ -329,18 +329,22 @@ class ActorLearner:
 
     def _push(self) -> None:
         """Algorithm S3: "Perform asynchronous update of θ using dθ and of θ_v using dθ_v", unless it is not finite."""
-        norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm).item()
-        self._spent("learning")
-        if not np.isfinite(norm):
+        parameters = [p for p in self.policy.parameters() if p.grad is not None]
+        norm = th.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not norm.isfinite():
             self._skip_update()
             return
+        if norm > self.settings.max_grad_norm:
+            th.nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, norm)
+        self._spent("learning")
         self._skipped_in_a_row = 0
         self._statistics.staleness += self.replica.push()
         self._statistics.n_updates += 1
-        self._statistics.grad_norm += norm
+        self._statistics.grad_norm += norm.item()
         self._spent("sharing")
 
     def _skip_update(self) -> None:
+        self.policy.zero_grad()
         self._statistics.skipped_updates += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= MAX_SKIPPED_UPDATES:
@@ -355,6 +359,12 @@ class ActorLearner:
         now = time.perf_counter()
         self._statistics.seconds[activity] += now - self._clock
         self._clock = now
+
+
+def _moments(x: npt.NDArray[np.floating]) -> tuple[float, float]:
+    """Sums of the numbers and of their squares, in double precision: they are pooled and subtracted later."""
+    x = x.astype(np.float64)
+    return float(x.sum()), float(np.square(x).sum())
 
 
 def _as_tensor(obs: Obs) -> Any:

@@ -9,8 +9,10 @@ import gymnasium as gym
 import pytest
 import torch as th
 
+assert sys.__stderr__ is not None
 faulthandler.enable(file=sys.__stderr__)
 gym.register_envs(ale_py)
+th.set_num_threads(1)  # most tests are too small for more; those about threads set their own
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ class EndsNowAndThen(gym.Wrapper[Any, Any, Any, Any]):
         if self.n_steps % 11 == 7:
             self.n_episodes += 1
             terminated, truncated = self.n_episodes % 2 == 0, self.n_episodes % 2 == 1
-        return obs, reward + 0.1 * (self.n_steps % 3), terminated, truncated, info
+        return obs, float(reward) + 0.1 * (self.n_steps % 3), terminated, truncated, info
 
 
 def features(policy: Any, obs: np.ndarray, dtype: th.dtype) -> th.Tensor:
@@ -45,7 +45,7 @@ def features(policy: Any, obs: np.ndarray, dtype: th.dtype) -> th.Tensor:
     return x[0]
 
 
-def lstm_cell(lstm: th.nn.LSTM, x: th.Tensor, h: th.Tensor, c: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+def lstm_cell(lstm: Any, x: th.Tensor, h: th.Tensor, c: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """The textbook's equations, on vectors."""
     gates = lstm.weight_ih_l0 @ x + lstm.bias_ih_l0 + lstm.weight_hh_l0 @ h + lstm.bias_hh_l0
     i, f, g, o = gates.chunk(4)
@@ -93,7 +93,7 @@ def learner(request: pytest.FixtureRequest) -> ActorLearner:
     env.envs = [EndsNowAndThen(single) for single in env.envs]  # type: ignore[attr-defined]
     model = A3C("CnnLstmPolicy", env, n_workers=0, seed=3, envs_per_update=N_ENVS, gamma=GAMMA, vf_coef=VF_COEF)
     with th.no_grad():  # heads as a trained policy's: the initial ones make nearly uniform choices
-        model.policy.action_net.weight.mul_(100)
+        next(model.policy.action_net.parameters()).mul_(100)
     model.policy = model.policy.to(request.param)
     learners = []
     act_and_learn = ActorLearner.__init__

@@ -1,0 +1,20 @@
+"""Errors: their families, and that they survive the journey from a worker."""
+
+import pickle
+
+import pytest
+
+from sb3_a3c.errors import A3CError, DivergenceError, WorkerDiedError, WorkerTracebackError
+
+
+@pytest.mark.parametrize("kind", [WorkerDiedError, WorkerTracebackError, DivergenceError])
+def test_all_are_a3c_errors_and_can_be_pickled(kind: type[A3CError]) -> None:
+    error = pickle.loads(pickle.dumps(kind("what happened")))
+    assert type(error) is kind
+    assert isinstance(error, A3CError)
+    assert "what happened" in str(error)
+
+
+def test_families_that_other_code_relies_on() -> None:
+    assert issubclass(DivergenceError, ValueError)  # RL Zoo prunes a trial on these
+    assert issubclass(WorkerDiedError, RuntimeError)

@@ -1,0 +1,54 @@
+"""The package's public names, its version, and its layers."""
+
+import ast
+from pathlib import Path
+
+import sb3_a3c
+
+PACKAGE = Path(sb3_a3c.__file__).parent
+
+#: Which modules of ours each module may import: the layout of the architecture, one direction only.
+LAYERS = {
+    "__init__": {"a3c", "errors", "policies"},
+    "a3c": {"collector", "envs", "policies", "shared", "worker"},
+    "collector": {"envs", "reports", "shared", "supervisor", "worker"},
+    "worker": {"errors", "loss", "policies", "reports", "shared"},
+    "supervisor": {"errors"},
+    "envs": set(),
+    "errors": set(),
+    "loss": set(),
+    "policies": set(),
+    "reports": set(),
+    "shared": set(),
+}
+
+
+def test_public_names() -> None:
+    assert sb3_a3c.__all__ == [
+        "A3C",
+        "A3CError",
+        "CnnLstmPolicy",
+        "CnnPolicy",
+        "DivergenceError",
+        "MlpLstmPolicy",
+        "MlpPolicy",
+        "MultiInputLstmPolicy",
+        "MultiInputPolicy",
+        "WorkerDiedError",
+        "WorkerTracebackError",
+        "__version__",
+    ]
+    assert all(hasattr(sb3_a3c, name) for name in sb3_a3c.__all__)
+
+
+def test_types_are_shipped() -> None:
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_imports_point_one_way() -> None:
+    imports = {}
+    for path in PACKAGE.glob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = {node.module for node in nodes if node.module and node.module.startswith("sb3_a3c")}
+        imports[path.stem] = {name.removeprefix("sb3_a3c.") for name in names}
+    assert imports == LAYERS

@@ -1,0 +1,88 @@
+"""It learns: small tasks that only a right implementation solves. Minutes each, so all are marked slow."""
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_a3c import A3C
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+class HiddenVelocities(gym.ObservationWrapper[Any, Any, Any]):
+    """CartPole without its two velocities: position and angle are left."""
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        assert isinstance(env.observation_space, spaces.Box)
+        self.observation_space = spaces.Box(env.observation_space.low[::2], env.observation_space.high[::2])
+
+    def observation(self, observation: Any) -> Any:
+        return observation[::2]
+
+
+CARTPOLE: dict[str, Any] = dict(
+    learning_rate=lambda progress: 2e-3 * progress,
+    n_steps=16,
+    gae_lambda=0.95,
+    ent_coef=0.0,
+    max_grad_norm=10.0,
+    envs_per_update=4,
+    policy_kwargs=dict(lstm_hidden_size=64),
+    n_workers=2,
+)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("wrapper", [None, HiddenVelocities], ids=["full", "velocities-hidden"])
+def test_cartpole(wrapper: Callable[[Any], Any] | None, seed: int) -> None:
+    env = make_vec_env("CartPole-v1", n_envs=8, wrapper_class=wrapper)
+    model = A3C("MlpLstmPolicy", env, seed=seed, **CARTPOLE)
+    model.learn(300_000)
+    test_env = make_vec_env("CartPole-v1", n_envs=4, seed=1000 + seed, wrapper_class=wrapper)
+    mean, std = evaluate_policy(model, test_env, n_eval_episodes=20)
+    print(f"seed {seed}: {mean} +- {std}")
+    assert isinstance(mean, float)
+    assert mean >= 450
+
+
+class Recall(gym.Env[Any, Any]):
+    """A cue, a delay without it, then the question: which cue was it? Reward 1 for the right answer, -1 for a wrong one."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+    render_mode = None
+    delay = 12
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.cue = int(self.np_random.integers(2))
+        self.t = 0
+        return np.array([2 * self.cue - 1, 0], dtype=np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.t += 1
+        answered = self.t == self.delay + 2  # the answer to the question that the last observation asked
+        reward = (1.0 if action == self.cue else -1.0) if answered else 0.0
+        asked = self.t == self.delay + 1
+        return np.array([0, asked], dtype=np.float32), reward, answered, False, {}
+
+
+@pytest.mark.parametrize(("policy", "solves"), [("MlpLstmPolicy", True), ("MlpPolicy", False)])
+def test_only_a_policy_with_memory_recalls_a_cue(policy: str, solves: bool) -> None:
+    env = make_vec_env(Recall, n_envs=8)
+    settings: dict[str, Any] = dict(learning_rate=1e-3, n_steps=16, envs_per_update=4, n_workers=2, seed=0)
+    if solves:
+        settings["policy_kwargs"] = dict(lstm_hidden_size=64)
+    model = A3C(policy, env, **settings)
+    model.learn(200_000)
+    returns, _ = evaluate_policy(model, make_vec_env(Recall, n_envs=4, seed=7), 200, return_episode_rewards=True)
+    right = float(np.mean(np.array(returns) > 0))
+    print(f"{policy}: {right:.1%} of 200 episodes")
+    assert right >= 0.95 if solves else right <= 0.60

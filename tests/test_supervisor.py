@@ -1,0 +1,232 @@
+"""Processes that are started, watched and stopped; and what is left of them: nothing."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch as th
+
+from sb3_a3c.errors import WorkerDiedError, WorkerTracebackError
+from sb3_a3c.supervisor import Supervisor, WorkerChannel
+
+Target = Any
+
+
+def count(channel: WorkerChannel, n: int) -> None:
+    for i in range(n):
+        channel.send(i)
+
+
+def add_ones(channel: WorkerChannel, shared: th.Tensor, row: int) -> None:
+    shared[row] += 1
+    channel.send(os.getpid())
+
+
+def raise_in_one(channel: WorkerChannel, me: int) -> None:
+    if me == 1:
+        raise KeyError("the seventh key")
+    wait_for_stop(channel)
+
+
+def wait_for_stop(channel: WorkerChannel) -> None:
+    channel.send(os.getpid())
+    while not channel.stopped():
+        time.sleep(0.001)
+
+
+def never_stop(channel: WorkerChannel) -> None:
+    channel.send(os.getpid())
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(3600)
+
+
+def exit_silently(channel: WorkerChannel) -> None:
+    channel.send("last word")
+    os._exit(3)
+
+
+def send_for_ever(channel: WorkerChannel) -> None:
+    while not channel.stopped():
+        channel.send(b"x" * 100_000)
+
+
+def raise_unpicklable(channel: WorkerChannel) -> None:
+    class UnpicklableError(Exception):
+        def __reduce__(self) -> Any:
+            raise TypeError("no")
+
+    raise UnpicklableError("what happened")
+
+
+@pytest.fixture
+def running() -> Iterator[list[Supervisor]]:
+    """Supervisors that the test started: stopped whatever happens."""
+    supervisors: list[Supervisor] = []
+    yield supervisors
+    for supervisor in supervisors:
+        supervisor.stop()
+
+
+def started(running: list[Supervisor], target: Target, arguments: list[tuple[Any, ...]], **kwargs: Any) -> Supervisor:
+    supervisor = Supervisor(target, arguments, preload=["torch"], **kwargs)
+    running.append(supervisor)
+    supervisor.start()
+    return supervisor
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def receive_all(supervisor: Supervisor) -> list[tuple[int, Any]]:
+    messages = []
+    while not supervisor.finished:
+        messages += supervisor.receive(timeout=30)
+    return messages
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+def test_every_message_arrives_in_order(running: list[Supervisor], start_method: str) -> None:
+    supervisor = started(running, count, [(50,), (20,), (0,)], start_method=start_method)
+    messages = receive_all(supervisor)
+    for index, n in enumerate((50, 20, 0)):
+        assert [message for worker, message in messages if worker == index] == list(range(n))
+    assert supervisor.receive() == []  # at the end: nothing, at once
+
+
+def test_tensors_in_shared_memory_stay_shared(running: list[Supervisor]) -> None:
+    shared = th.zeros(2, 3).share_memory_()  # type: ignore[no-untyped-call]
+    receive_all(started(running, add_ones, [(shared, 0), (shared, 1)]))
+    assert shared.tolist() == [[1, 1, 1], [1, 1, 1]]
+
+
+def test_functions_that_cannot_be_imported_travel_by_value(running: list[Supervisor]) -> None:
+    secret = 42
+    supervisor = started(running, lambda channel: channel.send(secret), [()])
+    assert receive_all(supervisor) == [(0, 42)]
+
+
+def test_an_exception_keeps_its_type_and_shows_the_workers_traceback(running: list[Supervisor]) -> None:
+    supervisor = started(running, raise_in_one, [(0,), (1,)])
+    pids = supervisor.pids
+    began = time.monotonic()
+    with pytest.raises(KeyError, match="the seventh key") as caught:
+        receive_all(supervisor)
+    supervisor.stop()
+    assert time.monotonic() - began < 5
+    assert isinstance(caught.value.__cause__, WorkerTracebackError)
+    assert 'raise KeyError("the seventh key")' in str(caught.value.__cause__)
+    assert "In worker 1" in str(caught.value.__cause__)
+    assert not any(is_alive(pid) for pid in pids)
+
+
+def test_an_exception_that_cannot_be_pickled_is_still_told(running: list[Supervisor]) -> None:
+    with pytest.raises(RuntimeError, match="UnpicklableError: what happened"):
+        receive_all(started(running, raise_unpicklable, [()]))
+
+
+@pytest.mark.parametrize(("number", "words"), [(signal.SIGKILL, "out of memory"), (signal.SIGSEGV, "C code")])
+def test_a_killed_worker_is_named_with_its_signal(running: list[Supervisor], number: signal.Signals, words: str) -> None:
+    supervisor = started(running, wait_for_stop, [(), ()])
+    while len(supervisor.receive(timeout=30)) == 0:
+        pass
+    began = time.monotonic()
+    os.kill(supervisor.pids[1], number)
+    with pytest.raises(WorkerDiedError, match=f"Worker 1 was killed by {number.name}.*{words}"):
+        receive_all(supervisor)
+    supervisor.stop()
+    assert time.monotonic() - began < 5
+
+
+def test_a_worker_that_exits_silently_is_dead_after_its_last_word(running: list[Supervisor]) -> None:
+    supervisor = started(running, exit_silently, [()])
+    assert supervisor.receive(timeout=30) == [(0, "last word")]
+    with pytest.raises(WorkerDiedError, match="exited with code 3"):
+        supervisor.receive(timeout=30)
+
+
+def test_workers_end_when_asked_to(running: list[Supervisor]) -> None:
+    supervisor = started(running, wait_for_stop, [(), ()])
+    assert supervisor.receive(timeout=30)
+    supervisor.request_stop()
+    receive_all(supervisor)
+    assert supervisor.finished
+
+
+def test_a_worker_that_will_not_end_is_killed(running: list[Supervisor]) -> None:
+    supervisor = started(running, never_stop, [()])
+    assert supervisor.receive(timeout=30)
+    pids, began = supervisor.pids, time.monotonic()
+    supervisor.stop()
+    assert time.monotonic() - began < 5
+    assert not any(is_alive(pid) for pid in pids)
+
+
+def test_a_worker_that_waits_for_a_reader_can_be_stopped(running: list[Supervisor]) -> None:
+    supervisor = started(running, send_for_ever, [()])
+    assert supervisor.receive(timeout=30)
+    time.sleep(0.2)  # the pipe is full by now
+    began = time.monotonic()
+    supervisor.stop()
+    assert time.monotonic() - began < 1
+
+
+def test_receive_returns_after_its_timeout(running: list[Supervisor]) -> None:
+    supervisor = started(running, wait_for_stop, [()])
+    assert supervisor.receive(timeout=30)
+    began = time.monotonic()
+    assert supervisor.receive(timeout=0.1) == []
+    assert 0.09 < time.monotonic() - began < 1
+
+
+def test_nothing_is_left_of_50_starts(running: list[Supervisor]) -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    receive_all(started(running, count, [(1,)]))  # starts the fork server, which stays
+    running.pop().stop()
+    before = descriptors()
+    for _ in range(50):
+        supervisor = started(running, count, [(1,), (1,)])
+        receive_all(supervisor)
+        running.pop().stop()
+    assert descriptors() == before
+    assert not [child for child in multiprocessing.active_children() if child.name.startswith("a3c-worker")]
+
+
+def test_workers_end_when_the_main_process_is_killed(tmp_path: Any) -> None:
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import time\n"
+        "from sb3_a3c.supervisor import Supervisor\n"
+        "def sleep(channel):\n"
+        "    import time\n"
+        "    channel.send(None)\n"
+        "    time.sleep(3600)\n"
+        "s = Supervisor(sleep, [(), ()])\n"
+        "s.start()\n"
+        "n = 0\n"
+        "while n < 2:\n"
+        "    n += len(s.receive())\n"
+        "print(*s.pids, flush=True)\n"
+        "time.sleep(3600)\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as main:
+        assert main.stdout is not None
+        pids = [int(pid) for pid in main.stdout.readline().split()]
+        main.kill()
+    assert len(pids) == 2
+    deadline = time.monotonic() + 5
+    while any(is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a worker outlived its main process"
+        time.sleep(0.05)
