@@ -105,6 +105,7 @@ def test_timesteps_calls_and_episodes_are_exact(n_workers: int, tmp_path: Path) 
     model.learn(500, reset_num_timesteps=False)
     assert before + 500 <= model.num_timesteps < before + 500 + 5 * 16
     assert len(load_results(str(tmp_path))) > len(episodes)  # the files go on
+    env.close()
 
 
 @BOTH
