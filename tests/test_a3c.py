@@ -354,6 +354,41 @@ def test_a_killed_worker_ends_learn_within_five_seconds() -> None:
     assert all(th.isfinite(p).all() for p in model.policy.parameters())
 
 
+def test_what_the_others_did_counts_when_a_worker_fails() -> None:
+    model = A3C("MlpPolicy", fragile_env("raise"), n_workers=2, n_steps=5)
+    with pytest.raises(FileNotFoundError):
+        model.learn(100_000)
+    assert model.num_timesteps == model._n_updates * 5 * 2  # one update for each 5 steps of 2 environments
+
+
+def test_every_learn_begins_other_episodes_also_after_a_seed_was_set() -> None:
+    class Starts(BaseCallback):
+        def _on_step(self) -> bool:
+            first.append(self.locals["new_obs"].tolist())
+            return False
+
+    env = cartpole(2)
+    model = A3C("MlpPolicy", env, n_workers=2, n_steps=1, seed=0).learn(2)
+    model.set_random_seed(77)
+    first: list[Any] = []
+    for _ in range(3):
+        model.learn(10, callback=Starts(), reset_num_timesteps=False)
+    assert first[0] != first[1] != first[2] != first[0]
+
+
+def test_the_model_is_up_to_date_when_training_ends_by_false() -> None:
+    class Last(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.n_calls < 200
+
+        def _on_training_end(self) -> None:
+            self.weights = [p.clone() for p in self.model.policy.parameters()]
+
+    last = Last()
+    model = A3C("MlpPolicy", cartpole(), n_workers=2).learn(100_000, callback=last)
+    assert all(th.equal(p, q) for p, q in zip(last.weights, model.policy.parameters(), strict=True))
+
+
 class OtherSpace(gym.Env[Any, Any]):
     """An environment with a space of the user's."""
 

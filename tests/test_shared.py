@@ -13,6 +13,7 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 
+from sb3_a3c.collector import PRELOAD
 from sb3_a3c.policies import CnnLstmPolicy
 from sb3_a3c.shared import Counter, ParameterStore, Replica, check_optimizer
 from sb3_a3c.supervisor import Supervisor, WorkerChannel
@@ -286,7 +287,7 @@ def test_free_running_workers_lose_few_updates_and_count_exactly(record_property
         parameter.data.zero_()
     store = ParameterStore(policy, n_workers=2)
     arguments = [(store, pickle.dumps(policy), worker, n_pushes) for worker in range(2)]
-    supervisor = Supervisor(push_ones, arguments, preload=["sb3_a3c.worker"])
+    supervisor = Supervisor(push_ones, arguments, preload=PRELOAD)
     try:
         supervisor.start()
         n_ready = 0

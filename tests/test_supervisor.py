@@ -1,5 +1,6 @@
 """Processes that are started, watched and stopped; and what is left of them: nothing."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch as th
 
+from sb3_a3c.collector import PRELOAD
 from sb3_a3c.errors import WorkerDiedError, WorkerTracebackError
 from sb3_a3c.supervisor import Supervisor, WorkerChannel
 
@@ -64,6 +66,35 @@ def raise_unpicklable(channel: WorkerChannel) -> None:
     raise UnpicklableError("what happened")
 
 
+def raise_broken_pipe(channel: WorkerChannel) -> None:
+    raise BrokenPipeError("the game server hung up")
+
+
+def exit_program(channel: WorkerChannel) -> None:
+    sys.exit(3)
+
+
+def send_much(channel: WorkerChannel) -> None:
+    channel.send("begin")
+    channel.send(b"x" * 3_000_000)
+
+
+def leave_a_child(channel: WorkerChannel) -> None:
+    if os.fork() == 0:
+        time.sleep(5)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def send_then_fail(channel: WorkerChannel, n: int, how: str) -> None:
+    for i in range(n):
+        channel.send(i)
+    if how == "raise":
+        raise KeyError("late")
+    if how == "die":
+        os._exit(1)
+
+
 @pytest.fixture
 def running() -> Iterator[list[Supervisor]]:
     """Supervisors that the test started: stopped whatever happens."""
@@ -74,7 +105,7 @@ def running() -> Iterator[list[Supervisor]]:
 
 
 def started(running: list[Supervisor], target: Target, arguments: list[tuple[Any, ...]], **kwargs: Any) -> Supervisor:
-    supervisor = Supervisor(target, arguments, preload=["torch"], **kwargs)
+    supervisor = Supervisor(target, arguments, preload=PRELOAD, **kwargs)
     running.append(supervisor)
     supervisor.start()
     return supervisor
@@ -155,6 +186,50 @@ def test_a_worker_that_exits_silently_is_dead_after_its_last_word(running: list[
         supervisor.receive(timeout=30)
 
 
+def test_an_exception_about_pipes_is_the_environments_own(running: list[Supervisor]) -> None:
+    with pytest.raises(BrokenPipeError, match="the game server hung up"):
+        receive_all(started(running, raise_broken_pipe, [()]))
+
+
+def test_sys_exit_in_workers_ends_neither_the_program_nor_the_clean_up(running: list[Supervisor]) -> None:
+    supervisor = started(running, exit_program, [(), (), ()])
+    with pytest.raises(RuntimeError, match="SystemExit: 3"):
+        receive_all(supervisor)
+    pids = supervisor.pids
+    supervisor.stop()
+    assert not any(is_alive(pid) for pid in pids)
+
+
+def test_a_worker_killed_in_mid_message_is_a_dead_worker(running: list[Supervisor]) -> None:
+    supervisor = started(running, send_much, [()])
+    assert supervisor.receive(timeout=30) == [(0, "begin")]
+    time.sleep(0.2)  # it waits in send now, with part of the message in the pipe
+    os.kill(supervisor.pids[0], signal.SIGKILL)
+    with pytest.raises(WorkerDiedError, match="Worker 0 was killed by SIGKILL"):
+        receive_all(supervisor)
+
+
+def test_a_dead_workers_child_that_holds_the_pipe_delays_nothing(running: list[Supervisor]) -> None:
+    supervisor = started(running, leave_a_child, [()])
+    began = time.monotonic()
+    with pytest.raises(WorkerDiedError, match="SIGKILL"):
+        receive_all(supervisor)
+    assert time.monotonic() - began < 4
+
+
+def test_what_was_sent_before_a_failure_is_received_and_each_failure_is_raised_once(running: list[Supervisor]) -> None:
+    supervisor = started(running, send_then_fail, [(30, "raise"), (20, "die"), (40, "return")])
+    messages: list[tuple[int, Any]] = []
+    failures: list[type[BaseException]] = []
+    while not supervisor.finished:
+        try:
+            messages += supervisor.receive(timeout=30)
+        except (KeyError, WorkerDiedError) as error:
+            failures.append(type(error))
+    assert sorted(messages) == [(worker, i) for worker, n in enumerate((30, 20, 40)) for i in range(n)]
+    assert sorted(failures, key=str) == [KeyError, WorkerDiedError]
+
+
 def test_workers_end_when_asked_to(running: list[Supervisor]) -> None:
     supervisor = started(running, wait_for_stop, [(), ()])
     assert supervisor.receive(timeout=30)
@@ -191,6 +266,7 @@ def test_receive_returns_after_its_timeout(running: list[Supervisor]) -> None:
 
 def test_nothing_is_left_of_50_starts(running: list[Supervisor]) -> None:
     def descriptors() -> int:
+        gc.collect()
         return len(os.listdir("/proc/self/fd"))
 
     receive_all(started(running, count, [(1,)]))  # starts the fork server, which stays
@@ -200,6 +276,7 @@ def test_nothing_is_left_of_50_starts(running: list[Supervisor]) -> None:
         supervisor = started(running, count, [(1,), (1,)])
         receive_all(supervisor)
         running.pop().stop()
+    del supervisor
     assert descriptors() == before
     assert not [child for child in multiprocessing.active_children() if child.name.startswith("a3c-worker")]
 
