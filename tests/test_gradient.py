@@ -70,17 +70,17 @@ def loss_of_one_environment(policy: Any, rollout: Rollout, env: int, dtype: th.d
         info = rollout.infos[t][env]
         if rollout.dones[t, env] and info["TimeLimit.truncated"]:
             last = lstm_cell(policy.lstm, features(policy, info["terminal_observation"], dtype), h, c)[0]
-            cut_values.append(float((policy.value_net.weight @ last + policy.value_net.bias)[0]))
+            cut_values.append((policy.value_net.weight @ last + policy.value_net.bias)[0].item())
         else:
             cut_values.append(0.0)
     last = lstm_cell(policy.lstm, features(policy, rollout.last_obs[env], dtype), h, c)[0]  # type: ignore[index]
-    ret = float((policy.value_net.weight @ last + policy.value_net.bias)[0])
+    ret = (policy.value_net.weight @ last + policy.value_net.bias)[0].item()
     loss = th.zeros((), dtype=dtype)
     for t in reversed(range(N_STEPS)):
         if rollout.dones[t, env]:
             ret = cut_values[t]
         ret = float(rollout.rewards[t, env]) + GAMMA * ret
-        advantage = ret - float(values[t])
+        advantage = ret - values[t].item()
         loss = loss - log_probs[t] * advantage + VF_COEF * 0.5 * (ret - values[t]) ** 2 - ENT_COEF * entropies[t]
     return loss
 

@@ -3,16 +3,22 @@
 import copy
 import io
 import pickle
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import cloudpickle
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 
+from sb3_a3c import A3C
 from sb3_a3c.collector import PRELOAD
 from sb3_a3c.policies import CnnLstmPolicy
 from sb3_a3c.shared import Counter, ParameterStore, Replica, check_optimizer
@@ -309,6 +315,90 @@ def test_free_running_workers_lose_few_updates_and_count_exactly(record_property
     share = float(lost.mean()) / (2 * n_pushes)
     record_property("lost_updates", share)
     print(f"lost updates of {2 * n_pushes}: mean {lost.mean():.2f} ({share:.2%}), worst parameter {int(lost.max())}")
+
+
+class RandomImages(gym.Env[Any, Any]):
+    """Small images without meaning, and rewards for one of the actions."""
+
+    observation_space = SPACE
+    action_space = spaces.Discrete(4)
+    render_mode = None
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observation(), {}
+
+    def step(self, action: Any) -> Any:
+        self.t += 1
+        return self.observation(), float(action == 1), self.t == 7, False, {}
+
+    def observation(self) -> Any:
+        return self.np_random.integers(0, 256, SPACE.shape, dtype=np.uint8)
+
+
+def recording(optimizer_class: type[th.optim.Optimizer], path: Path) -> type[th.optim.Optimizer]:
+    """The optimizer; each of its steps leaves its gradients in a folder, under the time at which it was made."""
+
+    class Recording(optimizer_class):  # type: ignore[misc, valid-type]
+        folder = path
+
+        def step(self) -> None:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            if any(p.grad.any() for p in parameters):  # not the step that only makes the state
+                th.save([p.grad for p in parameters], self.folder / f"{time.monotonic_ns():020}.pt")
+            super().step()
+
+    return Recording
+
+
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize(
+    ("optimizer_class", "kwargs", "tolerance"),
+    [
+        pytest.param(th.optim.Adam, {}, 0.0, id="Adam"),
+        pytest.param(th.optim.Adam, {"fused": True}, 1e-7, id="Adam-fused"),
+        pytest.param(th.optim.RMSprop, {}, 0.0, id="RMSprop"),
+        pytest.param(th.optim.SGD, {"momentum": 0.9}, 0.0, id="SGD-momentum"),
+    ],
+)
+def test_two_worker_processes_move_the_parameters_by_exactly_the_optimizers_steps(
+    optimizer_class: type[th.optim.Optimizer],
+    kwargs: dict[str, Any],
+    tolerance: float,
+    channels_last: bool,
+    tmp_path: Path,
+) -> None:
+    """50 pushes of two processes that take turns, replayed from their gradients; then 50 more, after save and load."""
+    env = make_vec_env(RandomImages, n_envs=4)
+    policy_kwargs: dict[str, Any] = dict(
+        optimizer_class=recording(optimizer_class, tmp_path),
+        optimizer_kwargs=kwargs,
+        lstm_hidden_size=8,
+        channels_last=channels_last,
+    )
+    settings: dict[str, Any] = dict(n_workers=2, take_turns=True, envs_per_update=1, n_steps=5, learning_rate=1e-2)
+    model = A3C("CnnLstmPolicy", env, seed=0, policy_kwargs=policy_kwargs, **settings)
+    private = copied_by_value(model.policy)
+    optimizer = optimizer_class(private.parameters(), lr=1e-2, **kwargs)  # type: ignore[call-arg]
+    for _ in range(2):
+        model.learn(50 * 5)
+        recorded = sorted(tmp_path.glob("*.pt"))
+        assert len(recorded) == 50
+        for path in recorded:
+            for parameter, gradient in zip(private.parameters(), th.load(path), strict=True):
+                assert parameter.stride() == gradient.stride() or 1 in parameter.shape
+                parameter.grad = gradient
+            optimizer.step()
+            path.unlink()
+        assert_equal(model.policy, private, tolerance)
+        model.save(tmp_path / "model")
+        model = A3C.load(tmp_path / "model", env=env)
+
+
+def copied_by_value(policy: ActorCriticPolicy) -> ActorCriticPolicy:
+    policy_copy: ActorCriticPolicy = pickle.loads(cloudpickle.dumps(policy))
+    return policy_copy
 
 
 def test_copying_a_policy_keeps_what_the_store_relies_on() -> None:
