@@ -30,8 +30,6 @@ from sb3_a3c.worker import ActorLearner, Settings, WorkerTask, run_worker
 MAX_ROLLOUTS_AHEAD = 2
 #: Seconds within which workers that have been asked to stop must have told what they did last.
 DRAIN_SECONDS = 2.0
-
-
 #: Modules that a fork server imports once for all workers. torch's optimizers import torch._dynamo at their first step,
 #: which takes seconds; cv2 and ale_py, slow to import too, are there for Atari.
 PRELOAD = ("sb3_a3c.worker", "stable_baselines3.common.vec_env", "torch._dynamo", "cv2", "ale_py")
@@ -144,11 +142,12 @@ class HogwildCollector:
         self._workers.stop()
 
     def _receive(self, timeout: float | None = None) -> bool:
+        """Take in what the workers have to report; False if that is nothing."""
         reports = self._workers.receive(timeout)
         for _, report in reports:
             self._assembler.add(report)
             self.statistics.add(report.statistics)
-        return bool(reports) or self._workers.finished
+        return bool(reports)
 
 
 def _share_out(

@@ -171,7 +171,6 @@ class Replica:
     """
 
     def __init__(self, store: ParameterStore, policy: ActorCriticPolicy, worker: int) -> None:
-        self._store = store
         self._policy = policy
         self._worker = worker
         self._counters = store.counters

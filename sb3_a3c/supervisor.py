@@ -166,13 +166,11 @@ class Supervisor:
         self._stop_flag[0] = 1
         try:
             self._discard_messages(time.monotonic() + STOP_SECONDS)
-            for force in (None, ForkServerProcess.terminate):
-                deadline = time.monotonic() + STOP_SECONDS
-                for process in self._processes:
-                    if process.exitcode is None and force is not None:
-                        force(process)
-                for process in self._processes:
-                    process.join(max(0.0, deadline - time.monotonic()))
+            self._join_all(time.monotonic() + STOP_SECONDS)
+            for process in self._processes:
+                if process.exitcode is None:
+                    process.terminate()
+            self._join_all(time.monotonic() + STOP_SECONDS)
         finally:  # also when the user is tired of waiting
             for process in self._processes:
                 if process.exitcode is None:
@@ -193,6 +191,10 @@ class Supervisor:
                     pipe.recv_bytes()
                 except (EOFError, OSError):
                     pipes.remove(pipe)
+
+    def _join_all(self, deadline: float) -> None:
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
 
     def _sentinels(self) -> list[int]:
         return [process.sentinel for index, process in enumerate(self._processes) if index not in self._ended]

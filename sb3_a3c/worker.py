@@ -329,13 +329,12 @@ class ActorLearner:
 
     def _push(self) -> None:
         """Algorithm S3: "Perform asynchronous update of θ using dθ and of θ_v using dθ_v", unless it is not finite."""
-        parameters = [p for p in self.policy.parameters() if p.grad is not None]
-        norm = th.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = th.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
         if not norm.isfinite():
             self._skip_update()
             return
         if norm > self.settings.max_grad_norm:
-            th.nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, norm)
+            th.nn.utils.clip_grads_with_norm_(self.policy.parameters(), self.settings.max_grad_norm, norm)
         self._spent("learning")
         self._skipped_in_a_row = 0
         self._statistics.staleness += self.replica.push()

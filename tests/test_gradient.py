@@ -7,7 +7,6 @@ one step and one environment at a time, and computes the LSTM cell by hand.
 
 from typing import Any
 
-import ale_py
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -87,7 +86,6 @@ def loss_of_one_environment(policy: Any, rollout: Rollout, env: int, dtype: th.d
 @pytest.fixture
 def learner(request: pytest.FixtureRequest) -> ActorLearner:
     """A worker whose policy has the precision asked for."""
-    gym.register_envs(ale_py)
     env = make_atari_env("PongNoFrameskip-v4", n_envs=N_ENVS, seed=3, wrapper_kwargs={"noop_max": 5})
     env.envs = [EndsNowAndThen(single) for single in env.envs]  # type: ignore[attr-defined]
     model = A3C("CnnLstmPolicy", env, n_workers=0, seed=3, envs_per_update=N_ENVS, gamma=GAMMA, vf_coef=VF_COEF)

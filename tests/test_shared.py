@@ -61,7 +61,7 @@ def cnn(policy: ActorCriticPolicy) -> Any:
 
 
 def copied(policy: ActorCriticPolicy) -> ActorCriticPolicy:
-    policy_copy: ActorCriticPolicy = pickle.loads(pickle.dumps(policy))
+    policy_copy: ActorCriticPolicy = pickle.loads(cloudpickle.dumps(policy))  # as it travels to a worker
     return policy_copy
 
 
@@ -379,7 +379,7 @@ def test_two_worker_processes_move_the_parameters_by_exactly_the_optimizers_step
     )
     settings: dict[str, Any] = dict(n_workers=2, take_turns=True, envs_per_update=1, n_steps=5, learning_rate=1e-2)
     model = A3C("CnnLstmPolicy", env, seed=0, policy_kwargs=policy_kwargs, **settings)
-    private = copied_by_value(model.policy)
+    private = copied(model.policy)
     optimizer = optimizer_class(private.parameters(), lr=1e-2, **kwargs)  # type: ignore[call-arg]
     for _ in range(2):
         model.learn(50 * 5)
@@ -394,11 +394,6 @@ def test_two_worker_processes_move_the_parameters_by_exactly_the_optimizers_step
         assert_equal(model.policy, private, tolerance)
         model.save(tmp_path / "model")
         model = A3C.load(tmp_path / "model", env=env)
-
-
-def copied_by_value(policy: ActorCriticPolicy) -> ActorCriticPolicy:
-    policy_copy: ActorCriticPolicy = pickle.loads(cloudpickle.dumps(policy))
-    return policy_copy
 
 
 def test_copying_a_policy_keeps_what_the_store_relies_on() -> None:
