@@ -4,8 +4,6 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
-from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -15,16 +13,14 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_a3c.arguments import check_device, check_policy, check_processes, check_settings, check_spaces, check_workers
 from sb3_a3c.collector import HogwildCollector
-from sb3_a3c.envs import clone_env, continue_monitor_files, pending_seeds, take_share
+from sb3_a3c.envs import clone_env, pending_options, pending_seeds, unobserved
 from sb3_a3c.policies import CnnLstmPolicy, CnnPolicy, MlpLstmPolicy, MlpPolicy, MultiInputLstmPolicy, MultiInputPolicy
 from sb3_a3c.shared import check_optimizer
 from sb3_a3c.worker import Settings
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
-
-_OBSERVATION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Dict)
-_ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
 class A3C(OnPolicyAlgorithm):
@@ -126,6 +122,7 @@ class A3C(OnPolicyAlgorithm):
         self.start_method = start_method
         self._collector: HogwildCollector | None = None
         self._pending_env_seeds: list[int | None] = []
+        self._pending_env_options: list[dict[str, Any]] = []
         self._n_updates_at_start = 0
         super().__init__(
             policy,
@@ -145,16 +142,27 @@ class A3C(OnPolicyAlgorithm):
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
             verbose=verbose,
-            device=_cpu(device, verbose),
+            device=check_device(device, verbose),
             seed=seed,
             _init_setup_model=False,
         )
         if _init_setup_model:
             self._setup_model()
+            if self.env is not None:  # in a loaded model not before `learn`: whoever only predicts needs no workers
+                check_workers(self.env, self.n_workers)
 
     def _setup_model(self) -> None:
-        self._check_arguments()
+        check_policy(self.policy_class)
+        if self.rollout_buffer_class is not None or self.rollout_buffer_kwargs:
+            raise ValueError(
+                "A3C has no rollout buffer: each worker learns from its rollout at once. Leave `rollout_buffer_class` and "
+                "`rollout_buffer_kwargs` out."
+            )
+        check_processes(self.n_workers, self.start_method)
+        spaces = (getattr(self, "observation_space", None), getattr(self, "action_space", None))  # absent without env
+        check_spaces(*spaces, self.policy_class)
         self._setup_lr_schedule()
+        check_settings(self._settings())
         self.set_random_seed(self.seed)
         kwargs = dict(self.policy_kwargs)
         if "optimizer_class" not in kwargs:
@@ -172,66 +180,9 @@ class A3C(OnPolicyAlgorithm):
         self.rollout_buffer = None  # type: ignore[assignment]
         check_optimizer(self.policy.optimizer)
 
-    def _check_arguments(self) -> None:
-        """:raises ValueError: for what can't be trained, whatever the environment"""
-        if issubclass(self.policy_class, RecurrentActorCriticPolicy):
-            raise ValueError(
-                f"{self.policy_class.__name__} is sb3-contrib's, whose shared LSTM does not learn from the critic. "
-                'Use A3C\'s own recurrent policies: "MlpLstmPolicy", "CnnLstmPolicy" or "MultiInputLstmPolicy".'
-            )
-        if not issubclass(self.policy_class, ActorCriticPolicy):
-            raise ValueError(f"A3C needs a subclass of ActorCriticPolicy, not {self.policy_class.__name__}.")
-        if self.rollout_buffer_class is not None or self.rollout_buffer_kwargs:
-            raise ValueError(
-                "A3C has no rollout buffer: each worker learns from its rollout at once. Leave `rollout_buffer_class` and "
-                "`rollout_buffer_kwargs` out."
-            )
-        for name, minimum in (("n_steps", 1), ("envs_per_update", 1), ("n_workers", 0)):
-            value = getattr(self, name)
-            is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if not (is_integer and value >= minimum) and not (name == "n_workers" and value is None):
-                raise ValueError(f"`{name}` must be an integer and at least {minimum}, not {value!r}.")
-        limits = {"gamma": 1.0, "gae_lambda": 1.0, "max_grad_norm": np.inf, "ent_coef": np.inf, "vf_coef": np.inf}
-        for name, maximum in limits.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value <= maximum:
-                raise ValueError(f"`{name}` must be a number between 0 and {maximum}, not {value!r}.")
-        if self.start_method not in (None, "forkserver", "spawn"):
-            raise ValueError(
-                f"`start_method` must be None, 'forkserver' or 'spawn', not {self.start_method!r} "
-                "(a forked process hangs in torch if its parent has used torch's threads)."
-            )
-        for name, supported in (("observation_space", _OBSERVATION_SPACES), ("action_space", _ACTION_SPACES)):
-            space = getattr(self, name, None)  # absent in a model that is loaded without environment
-            if space is not None and not isinstance(space, supported):
-                names = ", ".join(kind.__name__ for kind in supported)
-                raise ValueError(f"A3C supports {names} as {name.replace('_', ' ')}s, not {space}. Wrap the environment.")
-        self._check_observations()
-        if self.env is not None:
-            self._check_workers(self.env)
-
-    def _check_observations(self) -> None:
-        is_dict = isinstance(getattr(self, "observation_space", None), spaces.Dict)
-        if is_dict and self.policy_class in (MlpPolicy, CnnPolicy, MlpLstmPolicy, CnnLstmPolicy):
-            raise ValueError(
-                'The observations are dictionaries: use "MultiInputLstmPolicy" or "MultiInputPolicy", '
-                f"not {self.policy_class.__name__}."
-            )
-
-    def _check_workers(self, env: VecEnv) -> None:
-        """:raises ValueError: if the number of workers asked for can't have these environments"""
-        if not self.n_workers:
-            return
-        if self.n_workers > env.num_envs:
-            raise ValueError(
-                f"n_workers={self.n_workers}, but there are only {env.num_envs} environments, and each worker needs "
-                f"at least one. Use n_workers={env.num_envs}, or make_vec_env(…, n_envs={self.n_workers})."
-            )
-        take_share(env, range(env.num_envs))
-
     def _settings(self) -> Settings:
         return Settings(
-            n_steps=int(self.n_steps),
+            n_steps=self.n_steps,
             gamma=self.gamma,
             gae_lambda=self.gae_lambda,
             ent_coef=self.ent_coef,
@@ -240,7 +191,7 @@ class A3C(OnPolicyAlgorithm):
             normalize_advantage=self.normalize_advantage,
             use_sde=self.use_sde,
             sde_sample_freq=self.sde_sample_freq,
-            envs_per_update=int(self.envs_per_update),
+            envs_per_update=self.envs_per_update,
             take_turns=self.take_turns,
             lr_schedule=self.lr_schedule,
         )
@@ -282,11 +233,13 @@ class A3C(OnPolicyAlgorithm):
             raise ValueError(
                 "The model has no environment to learn from: call `set_env(env)` or `load(path, env=env)` first."
             )
-        self._check_workers(self.env)
+        check_workers(self.env, self.n_workers)
         self._base_seed = int(np.random.randint(2**31))
-        self._pending_env_seeds = pending_seeds(self.env)
-        result = super()._setup_learn(*args, **kwargs)
+        self._pending_env_seeds, self._pending_env_options = pending_seeds(self.env), pending_options(self.env)
+        with unobserved(self.env):  # workers reset their environments themselves
+            result = super()._setup_learn(*args, **kwargs)
         self.env.unwrapped._reset_seeds()  # used up, also where SB3 sees no need to reset the environment
+        self.env.unwrapped._reset_options()
         return result
 
     def _start_workers(self, env: VecEnv) -> HogwildCollector:
@@ -300,6 +253,7 @@ class A3C(OnPolicyAlgorithm):
             self.n_workers,
             seed=self._base_seed,
             env_seeds=self._pending_env_seeds,
+            env_options=self._pending_env_options,
             steps_before=self.num_timesteps,
             total_steps=self._total_timesteps,
             start_method=self.start_method,
@@ -318,8 +272,6 @@ class A3C(OnPolicyAlgorithm):
             finally:
                 self._fetch(collector)
                 collector.store.fetch_optimizer(self.policy)
-                if self.env is not None:
-                    continue_monitor_files(self.env)
 
     def _fetch(self, collector: HogwildCollector) -> None:
         """The private policy follows the shared parameters."""
@@ -361,12 +313,21 @@ class A3C(OnPolicyAlgorithm):
             if not go_on:
                 self._count_unseen()
                 return False
+            self._pass_changes_on()
             n_steps += 1
         if step is None:
             self._count_unseen()
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    def _pass_changes_on(self) -> None:
+        """A callback may have changed hyper-parameters."""
+        assert self._collector is not None
+        settings = self._settings()
+        if settings != self._collector.settings:
+            check_settings(settings)
+        self._collector.change(settings)
 
     def _count_unseen(self) -> None:
         """Stop the workers, and count and take over what no callback has seen: the remainder, and what came after False."""
@@ -408,8 +369,25 @@ class A3C(OnPolicyAlgorithm):
         parameters: dict[str, dict[str, Any]] = super().get_parameters()
         return parameters
 
+    def set_parameters(
+        self, load_path_or_dict: str | dict[str, Any], exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """
+        Load parameters from a given zip-file or a nested dictionary containing parameters for different modules. While
+        workers run, they go on with these; gradients that are on their way are still applied.
+
+        :param load_path_or_dict: Location of the saved data (path or file-like, see ``save``), or a nested dictionary
+            containing nn.Module parameters used by the policy, as :meth:`get_parameters` returns it
+        :param exact_match: If True, the given parameters should include parameters for each module and each of their
+            parameters, otherwise raises an Exception
+        :param device: Device on which the code should run
+        """
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        if self._collector is not None:
+            self._collector.store.load_policy(self.policy)
+
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_collector", "_base_seed", "_pending_env_seeds"]
+        return [*super()._excluded_save_params(), "_collector", "_base_seed", "_pending_env_seeds", "_pending_env_options"]
 
 
 def _clone_single_env(env: GymEnv | str, n_workers: int | None) -> GymEnv | str:
@@ -417,15 +395,3 @@ def _clone_single_env(env: GymEnv | str, n_workers: int | None) -> GymEnv | str:
     if env is None or isinstance(env, VecEnv) or not isinstance(n_workers, int | np.integer) or n_workers < 2:
         return env
     return make_vec_env(env, n_envs=int(n_workers)) if isinstance(env, str) else clone_env(env, int(n_workers))
-
-
-def _cpu(device: th.device | str, verbose: int) -> th.device:
-    kind = str(device)
-    if kind not in ("auto", "cpu"):
-        raise ValueError(
-            f"device={kind!r}: A3C's workers share their parameters in the CPU's memory and learn there. "
-            "Use device='cpu' or 'auto'; for one learner on a GPU, A2C and PPO are the better choice."
-        )
-    if kind == "auto" and verbose >= 1 and th.cuda.is_available():
-        print("There is a GPU, but A3C's workers learn on the CPU")
-    return th.device("cpu")

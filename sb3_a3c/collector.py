@@ -1,8 +1,8 @@
 """
 The Hogwild collector: the other half of ``A3C.collect_rollouts``.
 
-It deals the environments out, runs the workers (processes under the supervisor, or one in this very process) and hands
-their reports to Stable-Baselines3 as steps of ``n_envs`` transitions.
+It deals the environments out, runs the workers (processes under the supervisor, or one in this very process), hands
+their reports to Stable-Baselines3 as steps of ``n_envs`` transitions, and tells the workers what callbacks changed.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import cloudpickle
@@ -18,30 +18,40 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecVideoRecorder
 
-from sb3_a3c.envs import LiveShare, PickledShare, deal, split_env
-from sb3_a3c.reports import Obs, Report, Step, StepAssembler, TrainingStatistics
+from sb3_a3c.envs import EnvShare, FirstReset, WrapperCounts, begin_episodes, continue_from, deal, split_env, wrappers
+from sb3_a3c.normalization import News, merge_news, no_news, options
+from sb3_a3c.redirect import Redirect
+from sb3_a3c.reports import Obs, Step, StepAssembler, TrainingStatistics
+from sb3_a3c.service import Change, Close, Credit, Done, EnvCall, Farewell, Progress, run_worker
 from sb3_a3c.shared import ParameterStore
 from sb3_a3c.supervisor import Supervisor
-from sb3_a3c.worker import ActorLearner, Settings, WorkerTask, run_worker
+from sb3_a3c.worker import ActorLearner, Settings, WorkerTask
 
-#: So many rollouts of one worker may wait for the others' before they fill the others' rows.
-MAX_ROLLOUTS_AHEAD = 2
-#: Seconds within which workers that have been asked to stop must have told what they did last.
-DRAIN_SECONDS = 2.0
+#: So many rollouts of one worker may wait for the others' before they fill the others' rows; one more is on its way.
+MAX_ROLLOUTS_WAITING = 3
+#: Seconds within which workers that have been asked to stop must have told what they did last; saving a video takes long.
+DRAIN_SECONDS, VIDEO_SECONDS = 2.0, 60.0
 #: Modules that a fork server imports once for all workers. torch's optimizers import torch._dynamo at their first step,
 #: which takes seconds; cv2 and ale_py, slow to import too, are there for Atari.
-PRELOAD = ("sb3_a3c.worker", "stable_baselines3.common.vec_env", "torch._dynamo", "cv2", "ale_py")
+PRELOAD = ("sb3_a3c.service", "stable_baselines3.common.vec_env", "torch._dynamo", "cv2", "ale_py")
 
 
 class _Workers(Protocol):
     """Processes, or the one worker in this process."""
 
     @property
+    def ended(self) -> set[int]: ...
+
+    @property
     def finished(self) -> bool: ...
 
-    def receive(self, timeout: float | None = None) -> list[tuple[int, Report]]: ...
+    def receive(self, timeout: float | None = None) -> list[tuple[int, Any]]: ...
+
+    def send(self, index: int, message: Any) -> None: ...
+
+    def ask(self, requests: Mapping[int, Any]) -> dict[int, Any]: ...
 
     def request_stop(self) -> None: ...
 
@@ -50,7 +60,8 @@ class _Workers(Protocol):
 
 class HogwildCollector:
     """
-    Workers that learn on shared parameters, and what they report. They start at once and run until :meth:`stop`.
+    Workers that learn on shared parameters, and what they report. They start at once and run until :meth:`stop`. Until
+    then calls to ``env`` reach the workers' environments.
 
     :param policy: the policy to start from, optimizer included; it stays private to this process
     :param env: the user's environments
@@ -60,6 +71,7 @@ class HogwildCollector:
         with a warning, if the environments can't be sent to others
     :param seed: every seed of this training is derived from it
     :param env_seeds: seeds that the environments are to begin with; None where one is to be derived
+    :param env_options: options that the environments are to begin with
     :param steps_before: transitions made in earlier calls of ``learn``
     :param total_steps: goal, ``steps_before`` included
     :param start_method: of the processes; None for the platform's best
@@ -75,6 +87,7 @@ class HogwildCollector:
         n_workers: int | None,
         seed: int,
         env_seeds: Sequence[int | None],
+        env_options: Sequence[dict[str, Any]],
         steps_before: int,
         total_steps: int,
         start_method: str | None = None,
@@ -83,32 +96,45 @@ class HogwildCollector:
         # one seed for each environment and each worker; the environments' do not depend on the number of workers
         derived = [int(n) for n in np.random.SeedSequence(seed).generate_state(2 * n_envs) >> 1]
         seeds = [new if old is None else old for new, old in zip(derived[:n_envs], env_seeds, strict=True)]
-        shares = _share_out(env, n_workers, seeds)
-        in_process = isinstance(shares[0][1], LiveShare)
+        first_reset = FirstReset(tuple(seeds), tuple(env_options))
+        shares = _share_out(env, n_workers, first_reset)
         pickled_policy = cloudpickle.dumps(policy)
         tasks = [
             WorkerTask(
                 index=index,
                 seed=derived[n_envs + index],
                 env_indices=indices,
-                env_share=share,
                 policy=pickled_policy,
                 settings=settings,
                 steps_before=steps_before,
                 total_steps=total_steps,
             )
-            for index, (indices, share) in enumerate(shares)
+            for index, indices in enumerate(shares or [tuple(range(n_envs))])
         ]
-        self.store = ParameterStore(policy, len(tasks), share_memory=not in_process)
+        self.store = ParameterStore(policy, len(tasks), share_memory=bool(shares))
         self.statistics = TrainingStatistics()
-        self._assembler = StepAssembler(first_obs, n_envs, MAX_ROLLOUTS_AHEAD * settings.n_steps)
+        self._env = env
+        self._env_indices = [task.env_indices for task in tasks]
+        self._worker_of = {index: task.index for task in tasks for index in task.env_indices}
+        self._assembler = StepAssembler(first_obs, n_envs, MAX_ROLLOUTS_WAITING)
+        self.settings = settings
+        self._normalization = options(env)
+        self._news_for: list[News] = [no_news(env) for _ in tasks]  # not yet passed on
+        self._done: set[int] = set()  # workers that make no more rollouts
+        self._wrapper_counts: list[WrapperCounts] = []
+        self._redirect: Redirect | None = None
         self._workers: _Workers
-        if in_process:
-            self._workers = _InProcess(tasks[0], self.store)
-        else:
-            arguments = [(self.store, cloudpickle.dumps(task)) for task in tasks]
-            self._workers = Supervisor(run_worker, arguments, start_method, PRELOAD)
-            self._workers.start()
+        if not shares:
+            self._workers = _InProcess(tasks[0], begin_episodes(env, first_reset), self.store)
+            return
+        # with short rollouts, one worker's must be able to fill a whole step
+        credit = MAX_ROLLOUTS_WAITING + 1 + len(tasks) // settings.n_steps
+        arguments = [
+            (self.store, share, credit, cloudpickle.dumps(task)) for task, share in zip(tasks, shares.values(), strict=True)
+        ]
+        self._workers = Supervisor(run_worker, arguments, start_method, PRELOAD)
+        self._workers.start()
+        self._redirect = Redirect(env, self._call_envs)
 
     def next_step(self) -> Step | None:
         """
@@ -116,20 +142,38 @@ class HogwildCollector:
         :raises WorkerDiedError: if a worker died
         :raises Exception: what a worker raised
         """
-        while (step := self._assembler.next_step(flush=self._workers.finished)) is None:
-            if self._workers.finished:
+        while (step := self._assembler.next_step(flush=self._all_done)) is None:
+            if self._all_done:
                 return None
             self._receive()
+        for env_index in self._assembler.take_used_up():
+            worker = self._worker_of[env_index]
+            if env_index == self._env_indices[worker][0]:  # its others' rollouts are used up with this one, or soon
+                self._give_credit(worker)
         return step
+
+    def change(self, settings: Settings) -> None:
+        """
+        Let the workers go on with these hyper-parameters, and those of the user's ``VecNormalize``, from their next rollouts
+        on. Does nothing if none has changed.
+
+        :param settings: the hyper-parameters
+        """
+        normalization = options(self._env)
+        if (settings, normalization) != (self.settings, self._normalization):
+            self.settings, self._normalization = settings, normalization
+            for worker in range(len(self._env_indices)):
+                self._workers.send(worker, Change(settings, normalization))
 
     def drain(self) -> tuple[list[dict[str, Any]], npt.NDArray[np.bool_]]:
         """
-        Stop the workers, and take out what they did that no step has shown.
+        Let the workers learn no more, and take out what they did that no step has shown. Calls to the environments still
+        reach them.
 
         :return: the infos of those transitions, and whether each ended an episode
         """
         self._workers.request_stop()
-        while not self._workers.finished:
+        while not self._all_done:
             try:
                 if not self._receive(DRAIN_SECONDS):
                     break
@@ -139,32 +183,92 @@ class HogwildCollector:
 
     def stop(self) -> None:
         """End the workers and free what was used for them; the store stays readable."""
-        self._workers.stop()
+        if self._redirect is not None:
+            self._redirect.remove()
+            self._redirect = None  # it refers to this object: together they would keep the shared memory for a while
+        try:
+            self._workers.request_stop()
+            for worker in range(len(self._env_indices)):
+                self._workers.send(worker, Close())
+            video = any(isinstance(wrapper, VecVideoRecorder) for wrapper in wrappers(self._env))
+            while not self._workers.finished:
+                try:
+                    if not self._receive(VIDEO_SECONDS if video else DRAIN_SECONDS):
+                        break
+                except Exception:
+                    continue
+        finally:
+            self._workers.stop()
+            continue_from(self._env, self._wrapper_counts)
+
+    @property
+    def _all_done(self) -> bool:
+        return len(self._done | self._workers.ended) == len(self._env_indices)
 
     def _receive(self, timeout: float | None = None) -> bool:
-        """Take in what the workers have to report; False if that is nothing."""
-        reports = self._workers.receive(timeout)
-        for _, report in reports:
-            self._assembler.add(report)
-            self.statistics.add(report.statistics)
-        return bool(reports)
+        """Take in what the workers have to say; False if that is nothing."""
+        messages = self._workers.receive(timeout)
+        for worker, message in messages:
+            match message:
+                case Progress(report, news):
+                    self._assembler.add(report)
+                    self.statistics.add(report.statistics)
+                    self._spread(worker, news)
+                case Done():
+                    self._done.add(worker)
+                case Farewell(news, counts):
+                    self._spread(worker, news)
+                    self._wrapper_counts.append(counts)
+        return bool(messages)
+
+    def _spread(self, worker: int, news: News) -> None:
+        """What a worker's ``VecNormalize`` saw goes into the user's, and to the other workers with their next credit."""
+        if not news:
+            return
+        merge_news(self._env, news)
+        for other, waiting in enumerate(self._news_for):
+            if other != worker:
+                merge_news(waiting, news)
+
+    def _give_credit(self, worker: int) -> None:
+        self._workers.send(worker, Credit(self._news_for[worker]))
+        self._news_for[worker] = no_news(self._env)
+
+    def _call_envs(
+        self, method: str, indices: Iterable[int] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Any]:
+        """``redirect.Call``"""
+        if indices is None:
+            answers = self._workers.ask({w: EnvCall(method, None, args, kwargs) for w in range(len(self._env_indices))})
+            return [value for answer in answers.values() for value in (answer if isinstance(answer, list) else [answer])]
+        indices = list(indices)
+        n_envs = len(self._worker_of)
+        wanted = [range(n_envs)[index] for index in indices]  # also negative ones; IndexError where there is none
+        theirs = {self._worker_of[i]: [j for j in wanted if self._worker_of[j] == self._worker_of[i]] for i in wanted}
+        answers = self._workers.ask(
+            {
+                worker: EnvCall(method, [index - self._env_indices[worker][0] for index in mine], args, kwargs)
+                for worker, mine in theirs.items()
+            }
+        )
+        values = {worker: iter(answer) for worker, answer in answers.items() if answer is not None}
+        return [next(values[self._worker_of[index]]) for index in wanted if self._worker_of[index] in values]
 
 
-def _share_out(
-    env: VecEnv, n_workers: int | None, seeds: Sequence[int]
-) -> list[tuple[tuple[int, ...], PickledShare | LiveShare]]:
-    """For each worker the indices of its environments, and the environments."""
-    if n_workers != 0:
-        indices = deal(env.num_envs, min(_n_cores(), env.num_envs) if n_workers is None else n_workers)
-        try:
-            if multiprocessing.current_process().daemon:
-                raise ValueError("This process is a daemon, which may not start processes of its own. Use n_workers=0.")
-            return list(zip(indices, split_env(env, indices, seeds), strict=True))
-        except ValueError as error:
-            if n_workers is not None:
-                raise
-            warnings.warn(f"A3C trains in this process, as with n_workers=0. {error}", stacklevel=2)
-    return [(tuple(range(env.num_envs)), LiveShare(env, tuple(seeds)))]
+def _share_out(env: VecEnv, n_workers: int | None, first_reset: FirstReset) -> dict[tuple[int, ...], EnvShare]:
+    """For each worker process the indices of its environments, and the environments; none to train in this process."""
+    if n_workers == 0:
+        return {}
+    indices = deal(env.num_envs, min(_n_cores(), env.num_envs) if n_workers is None else n_workers)
+    try:
+        if multiprocessing.current_process().daemon:
+            raise ValueError("This process is a daemon, which may not start processes of its own. Use n_workers=0.")
+        return dict(zip(indices, split_env(env, indices, first_reset), strict=True))
+    except ValueError as error:
+        if n_workers is not None:
+            raise
+        warnings.warn(f"A3C trains in this process, as with n_workers=0. {error}", stacklevel=2)
+        return {}
 
 
 def _n_cores() -> int:
@@ -175,18 +279,29 @@ def _n_cores() -> int:
 class _InProcess:
     """The one worker of ``n_workers=0``: the same code, with random state and thread count of its own."""
 
-    def __init__(self, task: WorkerTask, store: ParameterStore) -> None:
+    def __init__(self, task: WorkerTask, env: VecEnv, store: ParameterStore) -> None:
         self._stop = False
         self.finished = False
         self._random_state = _random_state()
         with self._as_worker():
-            self._learner = ActorLearner(task, store, lambda: self._stop)
+            self._learner = ActorLearner(task, env, store, lambda: self._stop)
 
-    def receive(self, timeout: float | None = None) -> list[tuple[int, Report]]:
+    @property
+    def ended(self) -> set[int]:
+        return {0} if self.finished else set()
+
+    def receive(self, timeout: float | None = None) -> list[tuple[int, Any]]:
         with self._as_worker():
             report = self._learner.rollout()
         self.finished = report is None
-        return [] if report is None else [(0, report)]
+        return [] if report is None else [(0, Progress(report, []))]
+
+    def send(self, index: int, message: Any) -> None:
+        if isinstance(message, Change):
+            self._learner.settings = message.settings
+
+    def ask(self, requests: Mapping[int, Any]) -> dict[int, Any]:
+        raise NotImplementedError("the user's environments are the worker's")
 
     def request_stop(self) -> None:
         self._stop = True

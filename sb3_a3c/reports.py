@@ -69,19 +69,21 @@ class _Transition(NamedTuple):
 class StepAssembler:
     """
     Puts transitions into steps. Row i of a step is environment i while workers keep pace. When some environment is
-    ``max_backlog`` transitions ahead, its transitions also fill the rows of those that lag, so that nobody waits.
+    ``max_rollouts`` rollouts ahead, its transitions also fill the rows of those that lag, so that nobody waits.
     The transitions of one environment stay in order of time.
 
     :param first_obs: (n_envs, …), the observations before the first step
     :param n_envs: number of environments
-    :param max_backlog: how many transitions of one environment may wait for the others
+    :param max_rollouts: how many rollouts of one environment may wait for the others, one that is begun included
     """
 
-    def __init__(self, first_obs: Obs, n_envs: int, max_backlog: int) -> None:
+    def __init__(self, first_obs: Obs, n_envs: int, max_rollouts: int) -> None:
         self.n_envs = n_envs
-        self.max_backlog = max_backlog
+        self.max_rollouts = max_rollouts
         self._queues: list[deque[_Transition]] = [deque() for _ in range(n_envs)]
+        self._n_rollouts = [0] * n_envs  # in each queue
         self._new_obs = first_obs
+        self._used_up: list[int] = []
 
     def add(self, report: Report) -> None:
         """
@@ -90,6 +92,7 @@ class StepAssembler:
         n_steps = len(report.rewards)
         for column, env_index in enumerate(report.env_indices):
             queue = self._queues[env_index]
+            self._n_rollouts[env_index] += 1
             rewards, dones = report.rewards[:, column].tolist(), report.dones[:, column].tolist()
             for t in range(n_steps):
                 info = {**report.infos[t][column], "env_index": env_index}
@@ -102,14 +105,22 @@ class StepAssembler:
         :return: the next step, or None where more reports are needed (with ``flush``: fewer than ``n_envs`` transitions
             are left)
         """
-        lengths = [len(queue) for queue in self._queues]
-        if not all(lengths) and (not (flush or max(lengths) >= self.max_backlog) or sum(lengths) < self.n_envs):
-            return None
+        if not all(self._queues):
+            enough = flush or max(self._n_rollouts) >= self.max_rollouts
+            if not enough or sum(len(queue) for queue in self._queues) < self.n_envs:
+                return None
         row = []
         for queue in self._queues:
             source = queue or max(self._queues, key=len)
             row.append(source.popleft())
         return self._step(row)
+
+    def take_used_up(self) -> list[int]:
+        """
+        :return: the environments of which a rollout has been shown to its end since the last call, once for each rollout
+        """
+        used_up, self._used_up = self._used_up, []
+        return used_up
 
     def leftovers(self) -> tuple[list[dict[str, Any]], npt.NDArray[np.bool_]]:
         """
@@ -120,12 +131,16 @@ class StepAssembler:
         rest = [transition for queue in self._queues for transition in queue]
         for queue in self._queues:
             queue.clear()
+        self._n_rollouts = [0] * self.n_envs
         return [transition.info for transition in rest], np.array([transition.done for transition in rest], dtype=bool)
 
     def _step(self, row: list[_Transition]) -> Step:
         ends = [(t.env_index, *t.rollout_end) for t in row if t.rollout_end is not None]
         if ends:
             self._new_obs = _with_rows(self._new_obs, ends)
+        for env_index, *_ in ends:
+            self._n_rollouts[env_index] -= 1
+            self._used_up.append(env_index)
         return Step(
             rewards=np.array([transition.reward for transition in row], dtype=np.float32),
             dones=np.array([transition.done for transition in row], dtype=bool),

@@ -109,11 +109,7 @@ class ParameterStore:
         self._flat = th.zeros(layout.n_bytes, dtype=th.uint8)
         if share_memory:
             self._flat.share_memory_()  # type: ignore[no-untyped-call]
-        for slot, tensor in zip(self._parameter_slots + self._buffer_slots, [*parameters, *buffers], strict=True):
-            slot.view(self._flat).copy_(tensor.detach())
-        for slots, values in zip(self._state_slots, state, strict=True):
-            for key, slot in slots.items():
-                slot.view(self._flat).copy_(values[key])
+        self.load_policy(policy)
 
     @property
     def counters(self) -> npt.NDArray[np.int64]:
@@ -125,6 +121,21 @@ class ParameterStore:
     def n_updates(self) -> int:
         """Pushes by all workers so far; exact."""
         return int(self.counters[:, Counter.UPDATES].sum())
+
+    def load_policy(self, policy: ActorCriticPolicy) -> None:
+        """
+        Copy parameters, module buffers and optimizer state of ``policy`` into the shared ones.
+
+        :param policy: a policy of the same architecture
+        """
+        for slot, tensor in zip(
+            self._parameter_slots + self._buffer_slots, [*policy.parameters(), *policy.buffers()], strict=True
+        ):
+            slot.view(self._flat).copy_(tensor.detach())
+        for slots, parameter in zip(self._state_slots, policy.parameters(), strict=True):
+            values = _initial_state(policy.optimizer, parameter)
+            for key, slot in slots.items():
+                slot.view(self._flat).copy_(values[key])
 
     def fetch_policy(self, policy: ActorCriticPolicy) -> None:
         """

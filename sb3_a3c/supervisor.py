@@ -3,75 +3,37 @@ Starts, watches and stops processes that all run one function. Knows no reinforc
 
 Who reads and writes what, for each worker process::
 
-    main process                                  worker process
-      arguments ────────── at the start ──────────► target(channel, *arguments)
-      receive() ◄───────── messages, a pipe of its own ◄── channel.send()
-      receive() ◄───────── sentinel: the process has ended
-      request_stop() ───── stop flag, shared memory ─────► channel.stopped()
+    main process                                       worker process
+      arguments ─────────── at the start ────────────► target(channel, *arguments)
+      receive() ◄────────── messages, a pipe of its own ◄── channel.send()
+      send(), ask() ─────── inbox, a pipe of its own ────► channel.serve(), whose answers to ask() go back with the messages
+      receive() ◄────────── sentinel: the process has ended
+      request_stop() ────── stop flag, shared memory ────► channel.stopped()
 
 Workers share no queue, lock or semaphore: one that is killed while it holds such a thing would stop all the others. The
-pipe is bounded by the operating system, so a worker waits in ``send`` while nobody reads.
+pipes are bounded by the operating system. So a worker waits in ``send`` while nobody reads; the main process does not,
+because a thread of the worker empties its inbox.
 """
 
 import contextlib
-import multiprocessing
-import os
+import itertools
 import pickle
 import signal
-import sys
-import threading
 import time
-import traceback
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess, SpawnProcess
-from typing import Any, NamedTuple
+from typing import Any
 
 import cloudpickle
 import torch as th
 
+from sb3_a3c.channel import Answer, Finished, Pipe, Raised, Request, dumps, worker_process
 from sb3_a3c.errors import WorkerDiedError, WorkerTracebackError
+from sb3_a3c.launcher import prepared_start, process_context
 
 #: Seconds that a worker is given to end by itself, and then to follow SIGTERM, before it is killed.
 STOP_SECONDS = 1.0
-
-_starting = threading.Lock()
-
-
-class _Finished(NamedTuple):
-    """The worker's function has returned."""
-
-
-class _Raised(NamedTuple):
-    """The worker's function has raised."""
-
-    exception: BaseException
-    traceback: str
-
-
-class WorkerChannel:
-    """A worker's end of its line. The first argument of its function."""
-
-    def __init__(self, pipe: "connection.Connection[Any, Any]", stop_flag: th.Tensor) -> None:
-        self._pipe = pipe
-        self._stop_flag = stop_flag.numpy()
-
-    def send(self, message: Any) -> None:
-        """
-        Wait until the main process has room for the message, and send it.
-
-        :param message: anything that pickle or cloudpickle can pickle
-        """
-        data = _dumps(message)
-        try:
-            self._pipe.send_bytes(data)
-        except (BrokenPipeError, ConnectionResetError):
-            os._exit(1)  # the main process does not listen any more
-
-    def stopped(self) -> bool:
-        """:return: whether the main process wants this worker to end"""
-        return bool(self._stop_flag[0])
 
 
 class Supervisor:
@@ -94,10 +56,15 @@ class Supervisor:
     ) -> None:
         self._target = cloudpickle.dumps(target)
         self._arguments = arguments
-        self._context = _context(start_method, preload)
+        self._context = process_context(start_method)
+        self._preload = preload
         self._stop_flag = th.zeros(1, dtype=th.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._processes: list[ForkServerProcess | SpawnProcess] = []
-        self._pipes: dict[connection.Connection[Any, Any], int] = {}  # the open ones, and whose they are
+        self._pipes: dict[Pipe[Any, Any], int] = {}  # the open ones, and whose they are
+        self._inboxes: list[Pipe[Any, Any]] = []
+        self._received: list[tuple[int, Any]] = []  # messages for the next call of receive
+        self._answers: dict[int, Answer] = {}  # by worker
+        self._request_numbers = itertools.count()
         self._ended: set[int] = set()  # workers that need not be heard any more: finished, or their failure is known
         self._failures: list[BaseException] = []  # to be raised, each once
 
@@ -106,26 +73,34 @@ class Supervisor:
         try:
             for index, arguments in enumerate(self._arguments):
                 reader, writer = self._context.Pipe(duplex=False)
+                inbox_reader, inbox_writer = self._context.Pipe(duplex=False)
+                self._pipes[reader] = index
+                self._inboxes.append(inbox_writer)
                 process = self._context.Process(
-                    target=_worker_process,
-                    args=(self._target, writer, self._stop_flag, arguments),
+                    target=worker_process,
+                    args=(self._target, writer, inbox_reader, self._stop_flag, arguments),
                     name=f"a3c-worker-{index}",
                 )
-                self._pipes[reader] = index
                 try:
-                    with _starting, _without_main_module():
+                    with prepared_start(self._context, self._preload):
                         process.start()
                     self._processes.append(process)
                 finally:
                     writer.close()
+                    inbox_reader.close()
         except BaseException:
             self.stop()
             raise
 
     @property
+    def ended(self) -> set[int]:
+        """The workers that have ended; none as long as something that was sent, or a failure, is still to be received."""
+        return set() if self._failures or self._received else set(self._ended)
+
+    @property
     def finished(self) -> bool:
         """Whether every worker has ended and all that it sent (messages, or its failure) has been received."""
-        return len(self._ended) == len(self._arguments) and not self._failures
+        return len(self.ended) == len(self._arguments)
 
     @property
     def pids(self) -> list[int]:
@@ -137,33 +112,63 @@ class Supervisor:
         Wait until at least one message has come, or all workers have finished.
 
         :param timeout: seconds to wait at most
-        :return: (index of the worker, message), at most one from each worker; empty after the timeout or at the end
+        :return: (index of the worker, message), those of one worker in order; empty after the timeout or at the end
         :raises WorkerDiedError: if a worker ended without having finished
         :raises BaseException: what a worker raised
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        messages: list[tuple[int, Any]] = []
-        while not messages and not self.finished:
-            if self._failures:  # only now: what others had sent before must not be lost
-                raise self._failures.pop(0)
-            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready = connection.wait([*self._pipes, *self._sentinels()], remaining)
-            if not ready:
+        while not self._received and not self.finished:
+            self._raise_failures()  # only now: what others had sent before must not be lost
+            if not self._listen(None if deadline is None else max(0.0, deadline - time.monotonic())):
                 break
-            for pipe in [pipe for pipe in self._pipes if pipe in ready]:
-                messages += self._read(pipe)
-            for index, process in enumerate(self._processes):
-                if process.sentinel in ready and index not in self._ended:
-                    self._bury(index, process)
-        return messages
+        received, self._received = self._received, []
+        return received
+
+    def send(self, index: int, message: Any) -> None:
+        """
+        Put a message into a worker's inbox. If the worker has ended, nothing happens.
+
+        :param index: of the worker
+        :param message: anything that pickle or cloudpickle can pickle
+        """
+        with contextlib.suppress(OSError):
+            self._inboxes[index].send_bytes(dumps(message))
+
+    def ask(self, requests: Mapping[int, Any]) -> dict[int, Any]:
+        """
+        Put a message into the inbox of some workers and wait for their answers. Messages that come meanwhile are kept for
+        :meth:`receive`.
+
+        :param requests: for each worker asked its message
+        :return: for each its answer
+        :raises WorkerDiedError: if a worker ended without having finished
+        :raises RuntimeError: if a worker that was asked has finished
+        :raises BaseException: what a worker raised, also instead of an answer; then after all have answered
+        """
+        number = next(self._request_numbers)
+        for index, content in requests.items():
+            self._answers.pop(index, None)
+            self.send(index, Request(number, dumps(content)))
+        while waiting := {i for i in requests if i not in self._answers or self._answers[i].number != number}:
+            self._raise_failures()
+            if waiting & self._ended:
+                raise RuntimeError(f"Worker {min(waiting & self._ended)} has finished and can't answer any more")
+            self._listen(None)
+        answers = {index: self._answers.pop(index) for index in requests}
+        for index, answer in answers.items():
+            if answer.raised is not None:
+                raise _with_cause(index, answer.raised)
+        return {index: answer.value for index, answer in answers.items()}
 
     def request_stop(self) -> None:
         """Ask all workers to end soon. Keep receiving until ``finished``, or call :meth:`stop`."""
         self._stop_flag[0] = 1
+        for index in range(len(self._inboxes)):
+            self.send(index, None)
 
     def stop(self) -> None:
         """End all processes, by force if they take longer than ``STOP_SECONDS``, and free what was used for them."""
-        self._stop_flag[0] = 1
+        self.request_stop()
         try:
             self._discard_messages(time.monotonic() + STOP_SECONDS)
             self._join_all(time.monotonic() + STOP_SECONDS)
@@ -177,9 +182,9 @@ class Supervisor:
                     process.kill()
                 process.join()
                 process.close()
-            for pipe in self._pipes:
+            for pipe in [*self._pipes, *self._inboxes]:
                 pipe.close()
-            self._pipes, self._processes = {}, []
+            self._pipes, self._inboxes, self._processes = {}, [], []
 
     def _discard_messages(self, deadline: float) -> None:
         """Let workers that wait in ``send`` go on, until each has closed its pipe."""
@@ -199,8 +204,22 @@ class Supervisor:
     def _sentinels(self) -> list[int]:
         return [process.sentinel for index, process in enumerate(self._processes) if index not in self._ended]
 
-    def _read(self, pipe: "connection.Connection[Any, Any]") -> list[tuple[int, Any]]:
-        """The next message of a pipe that is ready; none at its end."""
+    def _listen(self, timeout: float | None) -> bool:
+        """Take in what comes next, from all that have something to say; False if nothing came in time."""
+        ready = connection.wait([*self._pipes, *self._sentinels()], timeout)
+        for pipe in [pipe for pipe in self._pipes if pipe in ready]:
+            self._read(pipe)
+        for index, process in enumerate(self._processes):
+            if process.sentinel in ready and index not in self._ended:
+                self._bury(index, process)
+        return bool(ready)
+
+    def _raise_failures(self) -> None:
+        if self._failures:
+            raise self._failures.pop(0)
+
+    def _read(self, pipe: "Pipe[Any, Any]") -> None:
+        """Take in the next message of a pipe that is ready; none at its end."""
         index = self._pipes[pipe]
         data = b""
         try:
@@ -212,15 +231,15 @@ class Supervisor:
                 pipe.close()
                 del self._pipes[pipe]
         message = pickle.loads(data) if data else None
-        if isinstance(message, _Finished):
+        if isinstance(message, Finished):
             self._ended.add(index)
-        elif isinstance(message, _Raised):
+        elif isinstance(message, Raised):
             self._ended.add(index)
-            message.exception.__cause__ = WorkerTracebackError(f"In worker {index}:\n{message.traceback}")
-            self._failures.append(message.exception)
+            self._failures.append(_with_cause(index, message))
+        elif isinstance(message, Answer):
+            self._answers[index] = message
         elif data:
-            return [(index, message)]
-        return []
+            self._received.append((index, message))
 
     def _bury(self, index: int, process: ForkServerProcess | SpawnProcess) -> None:
         """Of a worker whose process has ended: note its death, once it has nothing more to say."""
@@ -232,69 +251,10 @@ class Supervisor:
         self._failures.append(WorkerDiedError(f"Worker {index} {_how_it_ended(process.exitcode)}"))
 
 
-def _worker_process(target: bytes, pipe: Any, stop_flag: th.Tensor, arguments: tuple[Any, ...]) -> None:
-    """Body of every worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the main process stops the workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    channel = WorkerChannel(pipe, stop_flag)
-    try:
-        pickle.loads(target)(channel, *arguments)
-        channel.send(_Finished())
-    except BaseException as exception:
-        text = traceback.format_exc()
-        channel.send(_Raised(_picklable(exception), text))
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _picklable(exception: BaseException) -> BaseException:
-    """The exception itself if it survives a journey, else one that says what it was."""
-    exception.__traceback__ = None
-    try:
-        copy = pickle.loads(_dumps(exception))
-        if type(copy) is type(exception) and isinstance(exception, Exception):  # SystemExit would end the user's program
-            return exception
-    except Exception:
-        pass
-    return RuntimeError(f"{type(exception).__name__}: {exception}")
-
-
-def _dumps(message: Any) -> bytes:
-    """As bytes; cloudpickle where pickle can't (classes of a script or a notebook)."""
-    try:
-        return pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    except (pickle.PicklingError, AttributeError, TypeError):
-        dumped: bytes = cloudpickle.dumps(message)
-        return dumped
-
-
-def _context(start_method: str | None, preload: Sequence[str]) -> Any:
-    available = multiprocessing.get_all_start_methods()
-    method = start_method or ("forkserver" if "forkserver" in available else "spawn")
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(list(preload))
-    return context
-
-
-@contextlib.contextmanager
-def _without_main_module() -> Iterator[None]:
-    """
-    Start processes that do not import the main script: it needs no ``if __name__ == "__main__":`` guard, and may as well
-    be a notebook or standard input. What a worker needs of it comes by value, through cloudpickle.
-    """
-    main = sys.modules["__main__"]
-    if multiprocessing.parent_process() is None:  # else this process was itself started with a main script fit for import
-        sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+def _with_cause(index: int, raised: Raised) -> BaseException:
+    """A worker's exception, which names its traceback as cause."""
+    raised.exception.__cause__ = WorkerTracebackError(f"In worker {index}:\n{raised.traceback}")
+    return raised.exception
 
 
 def _how_it_ended(exitcode: int | None) -> str:

@@ -3,16 +3,14 @@ The actor-learner: what each worker does, read next to Algorithm S3 of the paper
 
     pull → act for ``n_steps`` → returns and advantages → for each chunk of environments: loss, gradient, push → report
 
-:class:`ActorLearner` does it, in whatever process it is; :func:`run_worker` is the loop of a worker process.
+It knows nothing of processes; ``service`` has the loop of a worker process.
 """
 
-import contextlib
-import ctypes
 import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,12 +49,6 @@ class Settings:
     lr_schedule: Schedule
 
 
-class EnvShare(Protocol):
-    """A worker's environments before they are opened."""
-
-    def open(self) -> VecEnv: ...
-
-
 @dataclass(frozen=True)
 class WorkerTask:
     """All that a worker knows at its start. Units are agent steps (transitions)."""
@@ -64,49 +56,10 @@ class WorkerTask:
     index: int
     seed: int
     env_indices: tuple[int, ...]  #: of the user's environments, those that are this worker's
-    env_share: EnvShare
     policy: bytes  #: pickled
     settings: Settings
     steps_before: int  #: transitions made in earlier calls of ``learn``
     total_steps: int  #: goal, ``steps_before`` included
-
-
-class Channel(Protocol):
-    """A worker process's line to the main process."""
-
-    def send(self, message: Any) -> None: ...
-
-    def stopped(self) -> bool: ...
-
-
-def run_worker(channel: Channel, store: ParameterStore, task: bytes) -> None:
-    """
-    Body of a worker process.
-
-    :param channel: where reports go, and what says when to stop
-    :param store: the shared parameters
-    :param task: a pickled :class:`WorkerTask`
-    """
-    th.set_num_threads(1)  # as many learners as cores: more threads would only fight
-    _keep_freed_memory()
-    learner = ActorLearner(pickle.loads(task), store, channel.stopped)
-    try:
-        while (report := learner.rollout()) is not None:
-            channel.send(report)
-    finally:
-        learner.env.close()
-
-
-def _keep_freed_memory() -> None:
-    """
-    Let glibc keep the megabytes that a convolution frees, instead of giving them back to the kernel and having every page
-    of them cleared again at the next call: that costs a third of the learning time. Elsewhere this does nothing.
-    """
-    m_mmap_threshold, m_trim_threshold = -3, -1  # of <malloc.h>
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(m_mmap_threshold, 32 * 2**20)  # glibc's largest
-        mallopt(m_trim_threshold, 256 * 2**20)
 
 
 @dataclass
@@ -131,11 +84,12 @@ class ActorLearner:
     One worker: its environments, its replica of the policy, its memory.
 
     :param task: what to do
+    :param env: the environments, which begin new episodes at their next reset
     :param store: the shared parameters
     :param should_stop: asked between steps; once it says yes, :meth:`rollout` drops the rollout it is in
     """
 
-    def __init__(self, task: WorkerTask, store: ParameterStore, should_stop: Callable[[], bool]) -> None:
+    def __init__(self, task: WorkerTask, env: VecEnv, store: ParameterStore, should_stop: Callable[[], bool]) -> None:
         set_random_seed(task.seed)
         self.task = task
         self.settings = task.settings
@@ -144,9 +98,9 @@ class ActorLearner:
         self.actor = as_recurrent(self.policy)
         self.replica = Replica(store, self.policy, task.index)
         self.counters = store.counters
-        self.env = task.env_share.open()
-        self.n_envs = self.env.num_envs
-        self.obs: Obs = _copied(self.env.reset())
+        self.env = env
+        self.n_envs = env.num_envs
+        self.obs: Obs = _copied(env.reset())
         self.state = self.actor.initial_state(self.n_envs)
         self.episode_starts = th.ones(self.n_envs, dtype=th.bool)
         self._skipped_in_a_row = 0
@@ -161,7 +115,7 @@ class ActorLearner:
         """
         self._statistics = RolloutStatistics(seconds=dict.fromkeys(("acting", "stepping", "learning", "sharing"), 0.0))
         self._clock = time.perf_counter()
-        if not (self._wait_for_turn() and self._reserve()):
+        if self.should_stop() or not self._reserve():
             self.counters[self.task.index, Counter.TURNS] = np.iinfo(np.int64).max  # nobody need wait for me again
             return None
         self._pull()
@@ -180,16 +134,13 @@ class ActorLearner:
             statistics=self._statistics,
         )
 
-    def _wait_for_turn(self) -> bool:
-        """With ``take_turns``: wait until those before me have finished this round and those behind me the last one."""
-        if not self.settings.take_turns:
-            return not self.should_stop()
+    def is_my_turn(self) -> bool:
+        """
+        :return: with ``take_turns`` whether those before me have finished this round and those behind me the last one;
+            else always True
+        """
         turns, me = self.counters[:, Counter.TURNS], self.task.index
-        while not self.should_stop():
-            if (turns[:me] > turns[me]).all() and (turns[me + 1 :] >= turns[me]).all():
-                return True
-            time.sleep(1e-4)
-        return False
+        return not self.settings.take_turns or bool((turns[:me] > turns[me]).all() and (turns[me + 1 :] >= turns[me]).all())
 
     def _reserve(self) -> bool:
         """Announce a rollout before it begins, so that all workers together overshoot by one rollout each at most."""

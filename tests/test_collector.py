@@ -43,6 +43,7 @@ def make_collector(env: VecEnv, n_workers: int | None, total_steps: int, **setti
         n_workers,
         seed=0,
         env_seeds=seeds,
+        env_options=[{}] * env.num_envs,
         steps_before=0,
         total_steps=total_steps,
     )

@@ -10,14 +10,20 @@ PACKAGE = Path(sb3_a3c.__file__).parent
 #: Which modules of ours each module may import: the layout of the architecture, one direction only.
 LAYERS = {
     "__init__": {"a3c", "errors", "policies"},
-    "a3c": {"collector", "envs", "policies", "shared", "worker"},
-    "collector": {"envs", "reports", "shared", "supervisor", "worker"},
+    "a3c": {"arguments", "collector", "envs", "policies", "shared", "worker"},
+    "arguments": {"envs", "policies", "worker"},
+    "collector": {"envs", "normalization", "redirect", "reports", "service", "shared", "supervisor", "worker"},
+    "service": {"channel", "envs", "normalization", "reports", "shared", "worker"},
     "worker": {"errors", "loss", "policies", "reports", "shared"},
-    "supervisor": {"errors"},
+    "supervisor": {"channel", "errors", "launcher"},
+    "normalization": {"envs"},
+    "channel": set(),
     "envs": set(),
     "errors": set(),
+    "launcher": set(),
     "loss": set(),
     "policies": set(),
+    "redirect": set(),
     "reports": set(),
     "shared": set(),
 }

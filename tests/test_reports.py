@@ -50,9 +50,9 @@ def report(envs: Sequence[int], begin: int, n_steps: int, dictionary: bool = Fal
     )
 
 
-def assembler(n_envs: int, max_backlog: int, dictionary: bool = False) -> StepAssembler:
+def assembler(n_envs: int, max_rollouts: int, dictionary: bool = False) -> StepAssembler:
     first_obs = np.stack([obs_after(env, -1) for env in range(n_envs)])
-    return StepAssembler(as_dict(first_obs) if dictionary else first_obs, n_envs, max_backlog)
+    return StepAssembler(as_dict(first_obs) if dictionary else first_obs, n_envs, max_rollouts)
 
 
 def rows(step: Step | None) -> list[tuple[int, int]]:
@@ -76,7 +76,7 @@ def all_steps(steps: StepAssembler, flush: bool = False) -> list[list[tuple[int,
 
 
 def test_rows_are_the_environments_in_order_while_workers_keep_pace() -> None:
-    steps = assembler(n_envs=2, max_backlog=4)
+    steps = assembler(n_envs=2, max_rollouts=2)
     assert steps.next_step() is None
     steps.add(report([0], 0, 2))
     assert steps.next_step() is None
@@ -89,13 +89,13 @@ def test_rows_are_the_environments_in_order_while_workers_keep_pace() -> None:
 
 
 def test_one_worker_may_have_all_environments() -> None:
-    steps = assembler(n_envs=3, max_backlog=4)
+    steps = assembler(n_envs=3, max_rollouts=2)
     steps.add(report([0, 1, 2], 0, 2))
     assert all_steps(steps) == [[(0, 0), (1, 0), (2, 0)], [(0, 1), (1, 1), (2, 1)]]
 
 
 def test_workers_may_have_different_numbers_of_environments() -> None:
-    steps = assembler(n_envs=5, max_backlog=4)
+    steps = assembler(n_envs=5, max_rollouts=2)
     steps.add(report([3, 4], 0, 2))
     assert steps.next_step() is None
     steps.add(report([0, 1, 2], 0, 2))
@@ -103,24 +103,27 @@ def test_workers_may_have_different_numbers_of_environments() -> None:
 
 
 def test_a_fast_workers_transitions_fill_the_others_rows_only_at_the_largest_backlog() -> None:
-    steps = assembler(n_envs=2, max_backlog=4)
+    steps = assembler(n_envs=2, max_rollouts=3)
     steps.add(report([0], 0, 2))
-    assert steps.next_step() is None
     steps.add(report([0], 2, 1))
     assert steps.next_step() is None
-    steps.add(report([0], 3, 1))
+    steps.add(report([0], 3, 3))
+    # a rollout that is begun counts as waiting: it takes two steps until there are fewer than three
     assert rows(steps.next_step()) == [(0, 0), (0, 1)]
     assert steps.next_step() is None
-    steps.add(report([0], 4, 2))
+    steps.add(report([0], 6, 1))
     assert rows(steps.next_step()) == [(0, 2), (0, 3)]
+    assert steps.next_step() is None
     # the laggard's own row is its own again as soon as it reports
     steps.add(report([1], 0, 1))
     assert rows(steps.next_step()) == [(0, 4), (1, 0)]
     assert steps.next_step() is None
+    assert steps.take_used_up() == [0, 0, 1]
+    assert steps.take_used_up() == []
 
 
 def test_only_the_rows_of_laggards_are_filled() -> None:
-    steps = assembler(n_envs=4, max_backlog=3)
+    steps = assembler(n_envs=4, max_rollouts=1)
     steps.add(report([1], 0, 1))
     steps.add(report([3], 0, 3))
     # environment 1 in its own row, and environment 3 in those of 0 and 2 and in its own
@@ -128,7 +131,7 @@ def test_only_the_rows_of_laggards_are_filled() -> None:
 
 
 def test_there_is_no_step_of_too_few_transitions_even_at_the_largest_backlog() -> None:
-    steps = assembler(n_envs=4, max_backlog=2)
+    steps = assembler(n_envs=4, max_rollouts=1)
     steps.add(report([2], 0, 3))
     assert steps.next_step() is None
     assert steps.next_step(flush=True) is None
@@ -137,7 +140,7 @@ def test_there_is_no_step_of_too_few_transitions_even_at_the_largest_backlog() -
 
 
 def test_flush_makes_steps_of_whatever_is_there() -> None:
-    steps = assembler(n_envs=2, max_backlog=100)
+    steps = assembler(n_envs=2, max_rollouts=100)
     steps.add(report([0], 0, 5))
     steps.add(report([1], 0, 2))
     assert all_steps(steps) == [[(0, 0), (1, 0)], [(0, 1), (1, 1)]]
@@ -145,7 +148,7 @@ def test_flush_makes_steps_of_whatever_is_there() -> None:
 
 
 def test_leftovers_are_taken_out_once() -> None:
-    steps = assembler(n_envs=3, max_backlog=100)
+    steps = assembler(n_envs=3, max_rollouts=100)
     steps.add(report([0], 0, 3))
     steps.add(report([2], 0, 2))
     assert all_steps(steps, flush=True) == [[(0, 0), (0, 1), (2, 0)]]
@@ -162,9 +165,9 @@ def test_leftovers_are_taken_out_once() -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_at_any_pace_nothing_is_lost_or_doubled_and_time_runs_forward(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    workers, n_envs, n_steps, max_backlog = ([0, 1, 2], [3, 4]), 5, 3, 6
+    workers, n_envs, n_steps, max_rollouts = ([0, 1, 2], [3, 4]), 5, 3, 2
     rollouts = [0, 0]
-    steps = assembler(n_envs, max_backlog)
+    steps = assembler(n_envs, max_rollouts)
     seen: list[tuple[int, int]] = []
     pace = rng.random()
     for _ in range(40):
@@ -175,7 +178,7 @@ def test_at_any_pace_nothing_is_lost_or_doubled_and_time_runs_forward(seed: int)
         for row in all_steps(steps):
             seen += row
         n_waiting = sum(n_steps * n * len(envs) for n, envs in zip(rollouts, workers, strict=True)) - len(seen)
-        assert n_waiting < n_envs * (max_backlog + n_steps)
+        assert n_waiting < n_envs * (max_rollouts + 1) * n_steps
         assert (len(seen) - before) % n_envs == 0
     for row in all_steps(steps, flush=True):
         seen += row
@@ -191,7 +194,7 @@ def test_at_any_pace_nothing_is_lost_or_doubled_and_time_runs_forward(seed: int)
 @pytest.mark.parametrize("seed", range(5))
 def test_rows_are_in_order_whenever_every_environment_has_something_to_show(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    steps, rollouts, waiting = assembler(n_envs=3, max_backlog=4), [0, 0, 0], [0, 0, 0]
+    steps, rollouts, waiting = assembler(n_envs=3, max_rollouts=2), [0, 0, 0], [0, 0, 0]
     n_filled = 0
     for _ in range(60):
         env = int(rng.integers(3))
@@ -203,7 +206,7 @@ def test_rows_are_in_order_whenever_every_environment_has_something_to_show(seed
             in_order = all(waiting)
             assert (shown == [0, 1, 2]) == in_order
             n_filled += not in_order
-            assert in_order or max(waiting) >= 4
+            assert in_order or max(waiting) >= 3  # two rollouts, one of them begun
             assert all(row == i for i, row in enumerate(shown) if waiting[i] > 0)
             for row in shown:
                 waiting[row] -= 1
@@ -225,7 +228,7 @@ def assert_obs(obs: Obs, expected: Sequence[npt.NDArray[np.float32]]) -> None:
 
 @pytest.mark.parametrize("dictionary", [False, True])
 def test_new_obs_is_exact_at_the_last_step_of_a_rollout(dictionary: bool) -> None:
-    steps = assembler(3, max_backlog=8, dictionary=dictionary)
+    steps = assembler(3, max_rollouts=4, dictionary=dictionary)
     steps.add(report([1, 2], 0, 2, dictionary))  # rows 0 and 1 of the worker's observations
     steps.add(report([0], 0, 4, dictionary))
     shown = []
@@ -247,7 +250,7 @@ def test_new_obs_is_exact_at_the_last_step_of_a_rollout(dictionary: bool) -> Non
 
 @pytest.mark.parametrize("dictionary", [False, True])
 def test_new_obs_is_by_environment_also_where_rows_are_filled(dictionary: bool) -> None:
-    steps = assembler(2, max_backlog=4, dictionary=dictionary)
+    steps = assembler(2, max_rollouts=2, dictionary=dictionary)
     steps.add(report([1], 0, 1, dictionary))
     steps.add(report([1], 1, 1, dictionary))
     steps.add(report([1], 2, 2, dictionary))
@@ -260,7 +263,7 @@ def test_new_obs_is_by_environment_also_where_rows_are_filled(dictionary: bool) 
 
 def test_first_obs_and_last_obs_are_left_alone() -> None:
     first_obs = np.stack([obs_after(0, -1), obs_after(1, -1)])
-    steps = StepAssembler(first_obs, 2, 4)
+    steps = StepAssembler(first_obs, 2, 2)
     told = report([0, 1], 0, 1), report([0, 1], 1, 1)
     for one in told:
         steps.add(one)

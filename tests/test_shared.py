@@ -18,10 +18,11 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 
 from sb3_a3c import A3C
+from sb3_a3c.channel import WorkerChannel
 from sb3_a3c.collector import PRELOAD
 from sb3_a3c.policies import CnnLstmPolicy
 from sb3_a3c.shared import Counter, ParameterStore, Replica, check_optimizer
-from sb3_a3c.supervisor import Supervisor, WorkerChannel
+from sb3_a3c.supervisor import Supervisor
 
 SPACE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch as th
 
+from sb3_a3c.channel import WorkerChannel
 from sb3_a3c.collector import PRELOAD
 from sb3_a3c.errors import WorkerDiedError, WorkerTracebackError
-from sb3_a3c.supervisor import Supervisor, WorkerChannel
+from sb3_a3c.supervisor import Supervisor
 
 Target = Any
 
