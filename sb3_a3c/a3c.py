@@ -242,6 +242,11 @@ class A3C(OnPolicyAlgorithm):
         self.env.unwrapped._reset_options()
         return result
 
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # the last rollouts overshoot the goal: schedules end at 0, for the workers and for the logger
+        self._current_progress_remaining = max(0.0, self._current_progress_remaining)
+
     def _start_workers(self, env: VecEnv) -> HogwildCollector:
         assert self._last_obs is not None
         self._n_updates_at_start = self._n_updates

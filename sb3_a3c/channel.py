@@ -11,6 +11,7 @@ import queue
 import signal
 import threading
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing import connection
 from typing import Any, NamedTuple
@@ -45,6 +46,15 @@ class Answer(NamedTuple):
     number: int
     value: Any = None
     raised: Raised | None = None
+
+
+class Warned(NamedTuple):
+    """A warning was issued in the worker. The main process issues it again, as if the worker were no process."""
+
+    text: str
+    category: type[Warning]
+    filename: str
+    lineno: int
 
 
 class WorkerChannel:
@@ -108,6 +118,9 @@ def worker_process(
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_empty_inbox, args=(inbox, messages), daemon=True).start()
     channel = WorkerChannel(pipe, messages, stop_flag)
+    warnings.showwarning = lambda message, category, filename, lineno, *_: channel.send(
+        Warned(str(message), category, filename, lineno)
+    )
     try:
         pickle.loads(target)(channel, *arguments)
         channel.send(Finished())

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecVideoRecorder
 from sb3_a3c.envs import EnvShare, FirstReset, WrapperCounts, begin_episodes, continue_from, deal, split_env, wrappers
 from sb3_a3c.normalization import News, merge_news, no_news, options
 from sb3_a3c.redirect import Redirect
-from sb3_a3c.reports import Obs, Step, StepAssembler, TrainingStatistics
+from sb3_a3c.reports import Obs, RolloutStatistics, Step, StepAssembler, TrainingStatistics
 from sb3_a3c.service import Change, Close, Credit, Done, EnvCall, Farewell, Progress, run_worker
 from sb3_a3c.shared import ParameterStore
 from sb3_a3c.supervisor import Supervisor
@@ -120,6 +121,7 @@ class HogwildCollector:
         self.settings = settings
         self._normalization = options(env)
         self._news_for: list[News] = [no_news(env) for _ in tasks]  # not yet passed on
+        self._statistics_of: list[deque[RolloutStatistics]] = [deque() for _ in tasks]  # not yet shown to the end
         self._done: set[int] = set()  # workers that make no more rollouts
         self._wrapper_counts: list[WrapperCounts] = []
         self._redirect: Redirect | None = None
@@ -149,6 +151,7 @@ class HogwildCollector:
         for env_index in self._assembler.take_used_up():
             worker = self._worker_of[env_index]
             if env_index == self._env_indices[worker][0]:  # its others' rollouts are used up with this one, or soon
+                self.statistics.add(self._statistics_of[worker].popleft())
                 self._give_credit(worker)
         return step
 
@@ -179,6 +182,9 @@ class HogwildCollector:
                     break
             except Exception:
                 continue
+        for waiting in self._statistics_of:
+            while waiting:
+                self.statistics.add(waiting.popleft())
         return self._assembler.leftovers()
 
     def stop(self) -> None:
@@ -212,7 +218,7 @@ class HogwildCollector:
             match message:
                 case Progress(report, news):
                     self._assembler.add(report)
-                    self.statistics.add(report.statistics)
+                    self._statistics_of[worker].append(report.statistics)
                     self._spread(worker, news)
                 case Done():
                     self._done.add(worker)

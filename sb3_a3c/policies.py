@@ -203,7 +203,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
 
     def _build_mlp_extractor(self) -> None:
         # SB3 calls this between features extractor and heads, before it makes the optimizer: the trunk's place.
-        self.lstm = nn.LSTM(self.features_dim, self.lstm_hidden_size, self.n_lstm_layers, **self.lstm_kwargs)
+        self.lstm = nn.LSTM(int(self.features_dim), self.lstm_hidden_size, self.n_lstm_layers, **self.lstm_kwargs)
         self.mlp_extractor = MlpExtractor(
             self.lstm_hidden_size, net_arch=self.net_arch, activation_fn=self.activation_fn, device=self.device
         )

@@ -20,6 +20,7 @@ import itertools
 import pickle
 import signal
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess, SpawnProcess
@@ -28,7 +29,7 @@ from typing import Any
 import cloudpickle
 import torch as th
 
-from sb3_a3c.channel import Answer, Finished, Pipe, Raised, Request, dumps, worker_process
+from sb3_a3c.channel import Answer, Finished, Pipe, Raised, Request, Warned, dumps, worker_process
 from sb3_a3c.errors import WorkerDiedError, WorkerTracebackError
 from sb3_a3c.launcher import prepared_start, process_context
 
@@ -65,6 +66,7 @@ class Supervisor:
         self._received: list[tuple[int, Any]] = []  # messages for the next call of receive
         self._answers: dict[int, Answer] = {}  # by worker
         self._request_numbers = itertools.count()
+        self._warnings: dict[Any, Any] = {}  # those of the workers that were shown already
         self._ended: set[int] = set()  # workers that need not be heard any more: finished, or their failure is known
         self._failures: list[BaseException] = []  # to be raised, each once
 
@@ -238,6 +240,8 @@ class Supervisor:
             self._failures.append(_with_cause(index, message))
         elif isinstance(message, Answer):
             self._answers[index] = message
+        elif isinstance(message, Warned):
+            warnings.warn_explicit(*message, registry=self._warnings)
         elif data:
             self._received.append((index, message))
 

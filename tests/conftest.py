@@ -1,6 +1,7 @@
 """Shared by all tests: a stack dump and an end for whatever hangs, and Atari's environments."""
 
 import faulthandler
+import multiprocessing
 import sys
 from collections.abc import Iterator
 
@@ -12,6 +13,8 @@ import torch as th
 assert sys.__stderr__ is not None
 faulthandler.enable(file=sys.__stderr__)
 gym.register_envs(ale_py)
+# SubprocVecEnv's processes start from the fork server that all users of multiprocessing share: A3C has one of its own
+multiprocessing.set_forkserver_preload(["stable_baselines3.common.vec_env"])
 th.set_num_threads(1)  # most tests are too small for more; those about threads set their own
 
 

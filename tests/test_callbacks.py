@@ -1,0 +1,577 @@
+"""Every callback of Stable-Baselines3, by its numbers: in this process, with workers, with workers on a SubprocVecEnv."""
+
+import csv
+import itertools
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch as th
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    CheckpointCallback,
+    EvalCallback,
+    EveryNTimesteps,
+    LogEveryNTimesteps,
+    ProgressBarCallback,
+    StopTrainingOnMaxEpisodes,
+    StopTrainingOnNoModelImprovement,
+    StopTrainingOnRewardThreshold,
+)
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize
+
+from sb3_a3c import A3C
+
+N_ENVS, N_STEPS = 4, 5  # two workers report 10 transitions at a time, so that the last row may remain incomplete
+PER_UPDATE = 2 * N_STEPS  # transitions that an update learns from: `envs_per_update` is 2, and so is a worker's share
+
+# SB3 compares the types of both environments; an evaluation in the main process needs no processes of its own
+OTHER_TYPE_FOR_EVALUATION = pytest.mark.filterwarnings("ignore:Training and eval env are not of the same type:UserWarning")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Four CartPoles, and who trains on them."""
+
+    n_workers: int
+    env: VecEnv
+    folder: Path  #: of the monitor files
+
+    def model(self, **kwargs: Any) -> A3C:
+        return A3C("MlpPolicy", self.env, **{"n_steps": N_STEPS, "n_workers": self.n_workers, **kwargs})
+
+    def episodes(self) -> Counter[tuple[float, ...]]:
+        """Return, length and time of all episodes in the monitor files."""
+        found: Counter[tuple[float, ...]] = Counter()
+        for path in self.folder.glob("*.monitor.csv"):
+            with path.open() as file:
+                found.update(tuple(map(float, row)) for row in itertools.islice(csv.reader(file), 2, None))
+        return found
+
+
+@pytest.fixture(scope="module")
+def subproc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[VecEnv, Path]]:
+    """One for all tests: its processes take seconds to start."""
+    folder = tmp_path_factory.mktemp("subproc")
+    env = make_vec_env("CartPole-v1", n_envs=N_ENVS, monitor_dir=str(folder), vec_env_cls=SubprocVecEnv)
+    yield env, folder
+    env.close()
+
+
+@pytest.fixture(params=["in-process", "workers", "subproc"])
+def setup(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Setup]:
+    if request.param == "subproc":
+        yield Setup(2, *request.getfixturevalue("subproc"))
+        return
+    folder = tmp_path / "monitor"
+    env = make_vec_env("CartPole-v1", n_envs=N_ENVS, monitor_dir=str(folder))
+    yield Setup(0 if request.param == "in-process" else 2, env, folder)
+    env.close()
+
+
+class Recorder(BaseCallback):
+    """Notes what it sees; returns False at call number ``stop_at``."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        super().__init__()
+        self.stop_at = stop_at
+        self.events = ""  # S( ... )( ... )E: training starts, rollouts with their steps, training ends
+        self.timesteps: list[int] = []
+        self.n_dones: list[int] = []
+        self.episodes: Counter[tuple[float, ...]] = Counter()
+
+    def _on_training_start(self) -> None:
+        self.events += "S"
+
+    def _on_rollout_start(self) -> None:
+        self.events += "("
+
+    def _on_step(self) -> bool:
+        self.events += "."
+        self.timesteps.append(self.num_timesteps)
+        self.n_dones.append(int(np.sum(self.locals["dones"])))
+        ended = [info["episode"] for info in self.locals["infos"] if "episode" in info]
+        self.episodes.update((e["r"], e["l"], e["t"]) for e in ended)
+        return self.n_calls != self.stop_at
+
+    def _on_rollout_end(self) -> None:
+        self.events += ")"
+
+    def _on_training_end(self) -> None:
+        self.events += "E"
+
+
+def weights(model: Any) -> th.Tensor:
+    return th.cat([p.detach().flatten() for p in model.policy.parameters()])
+
+
+# --- the contract of calls and counts -------------------------------------------------------------------------------
+
+
+def test_each_call_stands_for_n_envs_timesteps_and_each_episode_counts_once(setup: Setup) -> None:
+    recorder = Recorder()
+    model = setup.model(stats_window_size=10_000)
+    before = setup.episodes()
+    model.learn(1002, recorder)  # two workers: 101 reports, and half a row at the end
+    assert 1002 <= model.num_timesteps < 1002 + PER_UPDATE * 2
+    assert recorder.n_calls == model.num_timesteps // N_ENVS
+    assert recorder.timesteps == [N_ENVS * (call + 1) for call in range(recorder.n_calls)]
+    assert model._n_updates * PER_UPDATE == model.num_timesteps
+
+    # each episode of the monitor files was counted, and all but those in an incomplete last row were seen
+    assert model.ep_info_buffer is not None
+    played = setup.episodes() - before
+    assert played.total() > 20
+    assert played == Counter((e["r"], e["l"], e["t"]) for e in model.ep_info_buffer)
+    assert recorder.episodes <= played
+    assert (played - recorder.episodes).total() <= model.num_timesteps % N_ENVS
+    assert sum(recorder.n_dones) == recorder.episodes.total()
+
+
+def test_hooks_come_in_sb3s_order(setup: Setup) -> None:
+    recorder = Recorder()
+    setup.model().learn(400, recorder)
+    # every rollout has n_steps calls but the last, which waits for the workers to finish
+    assert re.fullmatch(rf"S(\(\.{{{N_STEPS}}}\))+\(\.+\)E", recorder.events), recorder.events
+    stopped = Recorder(stop_at=7)
+    setup.model().learn(400, stopped)
+    assert stopped.events == "S(.....)(..E"  # as in A2C, no on_rollout_end after False
+
+
+def test_locals_are_those_of_an_on_policy_algorithm(setup: Setup) -> None:
+    n_steps: list[int] = []
+
+    class Look(BaseCallback):
+        def _on_training_start(self) -> None:
+            assert self.locals["self"] is model
+            assert self.locals["total_timesteps"] == 402
+
+        def _on_step(self) -> bool:
+            found = self.locals
+            n_steps.append(found["n_steps"])
+            assert found["self"] is model is self.model
+            assert found["env"] is model.env is self.training_env
+            assert found["callback"] is look
+            assert found["total_timesteps"] == 402
+            assert found["tb_log_name"] == "mine"
+            assert found["rewards"].shape == found["dones"].shape == found["actions"].shape == (N_ENVS,)
+            assert found["rewards"].tolist() == [1.0] * N_ENVS
+            assert found["dones"].dtype == bool
+            assert set(found["actions"].tolist()) <= {0, 1}
+            assert found["new_obs"].shape == (N_ENVS, 4)
+            assert np.isfinite(found["new_obs"]).all()
+            assert len(found["infos"]) == N_ENVS
+            assert [("episode" in info) for info in found["infos"]] == found["dones"].tolist()
+            return True
+
+    look, model = Look(), setup.model()
+    model.learn(402, look, tb_log_name="mine")
+    assert look.n_calls > 100
+    # the number of the call in its rollout; the last rollout may be longer
+    assert n_steps[:100] == [call % N_STEPS for call in range(100)]
+
+
+@pytest.mark.parametrize("kind", [CallbackList, list])
+def test_after_false_nobody_is_called_again(setup: Setup, kind: type[Any]) -> None:
+    before, stop, after = Recorder(), Recorder(stop_at=12), Recorder()
+    nested = Recorder()
+    model = setup.model()
+    model.learn(100_000, kind([before, stop, CallbackList([nested]), after]))
+    for callback in (before, stop, nested, after):
+        assert callback.timesteps == [N_ENVS * (call + 1) for call in range(12)]
+        assert callback.events == "S(.....)(.....)(..E"
+        assert callback.episodes == before.episodes
+    assert 12 * N_ENVS <= model.num_timesteps < 100_000
+    assert model._n_updates * PER_UPDATE == model.num_timesteps
+
+
+def test_what_came_after_false_is_counted_too(setup: Setup) -> None:
+    stop, model = Recorder(stop_at=1), setup.model(n_steps=50)
+    before = setup.episodes()
+    model.learn(100_000, stop)
+    assert stop.n_calls == 1
+    assert model.num_timesteps >= 4 * 50  # each worker has reported at least once
+    assert model._n_updates * 2 * 50 == model.num_timesteps
+    # of 50 steps of a bad player in four environments the callback has seen the first; a rollout under way is dropped
+    assert model.ep_info_buffer
+    counted = Counter((e["r"], e["l"], e["t"]) for e in model.ep_info_buffer)
+    assert counted <= setup.episodes() - before
+    if setup.n_workers == 0:
+        assert counted == setup.episodes() - before
+
+
+def test_a_plain_function_is_called_with_locals_and_globals_and_may_stop(setup: Setup) -> None:
+    timesteps: list[int] = []
+
+    def note(local: dict[str, Any], global_: dict[str, Any]) -> bool:
+        assert "__name__" in global_
+        timesteps.append(local["self"].num_timesteps)
+        return len(timesteps) < 13
+
+    setup.model().learn(10_000, note)
+    assert timesteps == [N_ENVS * (call + 1) for call in range(13)]
+
+
+def test_an_exception_in_the_first_call_leaves_what_was_counted_and_learned(setup: Setup) -> None:
+    def fail(*_: Any) -> bool:
+        assert th.equal(weights(model), initial)  # the callback's private copy is still the old one
+        raise ZeroDivisionError
+
+    model = setup.model()
+    initial = weights(model)
+    with pytest.raises(ZeroDivisionError):
+        model.learn(10_000, fail)
+    assert N_ENVS <= model.num_timesteps < 10_000
+    assert model._n_updates * PER_UPDATE == model.num_timesteps
+    assert not th.equal(weights(model), initial)
+    assert th.isfinite(weights(model)).all()
+    # and the next training goes on from there
+    n_before, recorder = model.num_timesteps, Recorder()
+    model.learn(100, recorder, reset_num_timesteps=False)
+    assert recorder.timesteps == [n_before + N_ENVS * (call + 1) for call in range(recorder.n_calls)]
+    assert n_before + 100 <= model.num_timesteps
+
+
+def test_a_second_learn_goes_on_counting_unless_it_is_to_reset(setup: Setup) -> None:
+    model = setup.model(stats_window_size=10_000)
+    before = setup.episodes()
+    first, second, third = Recorder(), Recorder(), Recorder()
+    model.learn(402, first)
+    n_first, n_updates = model.num_timesteps, model._n_updates
+    model.learn(402, second, reset_num_timesteps=False)
+    n_second = model.num_timesteps
+    assert n_first + 402 <= n_second < n_first + 402 + PER_UPDATE * 2
+    assert second.n_calls == (n_second - n_first) // N_ENVS
+    assert second.timesteps == [n_first + N_ENVS * (call + 1) for call in range(second.n_calls)]
+    assert model._n_updates - n_updates == (n_second - n_first) // PER_UPDATE
+    assert model.ep_info_buffer is not None
+    assert Counter((e["r"], e["l"], e["t"]) for e in model.ep_info_buffer) == setup.episodes() - before
+    model.learn(402, third)
+    assert third.timesteps == [N_ENVS * (call + 1) for call in range(third.n_calls)]
+    assert model.num_timesteps < 402 + PER_UPDATE * 2
+
+
+# --- CheckpointCallback ---------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_hold_the_model_of_their_moment(setup: Setup, tmp_path: Path) -> None:
+    seen: dict[int, th.Tensor] = {}
+
+    class Look(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls % 100 == 0:
+                seen[self.num_timesteps] = weights(self.model)
+            return True
+
+    folder = tmp_path / "checkpoints"
+    checkpoints = CheckpointCallback(save_freq=100, save_path=str(folder), name_prefix="a3c")
+    setup.model().learn(1200, [checkpoints, Look()])
+    assert {path.name for path in folder.iterdir()} == {f"a3c_{n}_steps.zip" for n in (400, 800, 1200)}
+    for n_timesteps, expected in seen.items():
+        loaded = A3C.load(folder / f"a3c_{n_timesteps}_steps", env=setup.env)
+        assert loaded.num_timesteps == n_timesteps
+        assert th.equal(weights(loaded), expected)
+        assert loaded._n_updates > 0
+        optimizer = loaded.policy.optimizer
+        assert len(optimizer.state) == len(list(loaded.policy.parameters()))
+        for state in optimizer.state.values():
+            assert state["step"] > 0
+            assert state["exp_avg"].any()
+            assert state["exp_avg_sq"].any()
+    assert not th.equal(seen[400], seen[800])
+    loaded.learn(100, reset_num_timesteps=False)  # the last one
+    assert 1300 <= loaded.num_timesteps < 1300 + PER_UPDATE * 2
+
+
+@OTHER_TYPE_FOR_EVALUATION
+def test_checkpoints_and_evaluations_have_the_normalization_of_their_moment(setup: Setup, tmp_path: Path) -> None:
+    env = VecNormalize(setup.env)
+    evaluation_env = VecNormalize(make_vec_env("CartPole-v1"), training=False, norm_reward=False)
+    seen: list[int] = []
+    # what workers may be ahead of the callbacks: four rollouts and the one that they are in; each reset counts too
+    n_ahead = N_ENVS * (1 + N_STEPS * (5 if setup.n_workers else 1))
+
+    class Look(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls % 50 == 0:
+                saved = VecNormalize.load(str(tmp_path / f"rl_model_vecnormalize_{self.num_timesteps}_steps.pkl"), env.venv)
+                for statistics in (saved.obs_rms, evaluation_env.obs_rms, env.obs_rms):
+                    assert not isinstance(statistics, dict)
+                    assert self.num_timesteps <= statistics.count < self.num_timesteps + n_ahead + 1
+                    assert not isinstance(env.obs_rms, dict)
+                    assert statistics.mean.tolist() == env.obs_rms.mean.tolist() != [0, 0, 0, 0]
+                    assert statistics.var.tolist() == env.obs_rms.var.tolist()
+                assert saved.ret_rms.mean == env.ret_rms.mean
+                seen.append(self.num_timesteps)
+            return True
+
+    checkpoints = CheckpointCallback(save_freq=50, save_path=str(tmp_path), save_vecnormalize=True)
+    evaluation = EvalCallback(evaluation_env, eval_freq=50, n_eval_episodes=1, verbose=0)
+    model = A3C("MlpPolicy", env, n_steps=N_STEPS, n_workers=setup.n_workers)
+    model.learn(600, [checkpoints, evaluation, Look()])
+    assert seen == [200, 400, 600]
+    kinds = {f"rl_model_{kind}_steps" for n in seen for kind in (f"{n}", f"vecnormalize_{n}")}
+    assert {path.stem for path in tmp_path.glob("rl_model_*")} == kinds
+    evaluation_env.close()
+
+
+# --- EvalCallback and its children ----------------------------------------------------------------------------------
+
+
+class Script(gym.Env[npt.NDArray[np.float32], np.int64]):
+    """Episodes of 3 steps whose returns are given; notes the weights of the model that plays them."""
+
+    def __init__(self, returns: Sequence[float], model: A3C | None = None) -> None:
+        cartpole = gym.make("CartPole-v1")
+        self.observation_space, self.action_space = cartpole.observation_space, cartpole.action_space
+        self.returns = iter(returns)
+        self.model = model
+        self.weights: list[th.Tensor] = []
+        self.n_steps = 0
+
+    def reset(self, **_: Any) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        self.n_steps = 0
+        return np.zeros(4, dtype=np.float32), {}
+
+    def step(self, _: np.int64) -> tuple[npt.NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        self.n_steps += 1
+        if self.model is not None:
+            self.weights.append(weights(self.model))
+            time.sleep(0.005)  # the workers learn meanwhile
+        is_last = self.n_steps == 3
+        return np.zeros(4, dtype=np.float32), next(self.returns) if is_last else 0.0, is_last, False, {}
+
+
+class Fixed(gym.Wrapper[Any, Any, Any, Any]):
+    """Each episode begins alike."""
+
+    def reset(self, **_: Any) -> Any:
+        return self.env.reset(seed=7)
+
+
+def fixed_cartpole() -> Monitor[Any, Any]:
+    return Monitor(Fixed(gym.make("CartPole-v1")))
+
+
+class Dumps(KVWriter):
+    """What was logged: for each dump its step and values."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, Any]]] = []
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        self.rows.append((step, dict(key_values)))
+
+    def close(self) -> None:
+        pass
+
+
+@OTHER_TYPE_FOR_EVALUATION
+def test_the_best_model_is_to_the_bit_the_one_that_was_scored(setup: Setup, tmp_path: Path) -> None:
+    model, dumps = setup.model(learning_rate=1e-3), Dumps()
+    model.set_logger(Logger(None, [dumps]))
+    script = Script([3.0, 1.0, 4.0, 1.0, 5.0], model)
+    bests: list[tuple[int, float]] = []
+    scores: list[float] = []
+
+    class OnNewBest(BaseCallback):
+        def _on_step(self) -> bool:
+            assert isinstance(self.parent, EvalCallback)
+            bests.append((self.num_timesteps, self.parent.best_mean_reward))
+            saved = A3C.load(tmp_path / "best" / "best_model")
+            assert saved.num_timesteps == self.num_timesteps
+            for scored in script.weights[-3:]:
+                assert th.equal(weights(saved), scored)
+            assert th.equal(weights(self.model), scored)
+            return True
+
+    class AfterEvaluation(BaseCallback):
+        def _on_step(self) -> bool:
+            assert isinstance(self.parent, EvalCallback)
+            assert self.num_timesteps == 200 * self.n_calls == self.parent.num_timesteps
+            assert self.locals["self"] is model  # the parent passes its locals on
+            scores.append(self.parent.last_mean_reward)
+            return True
+
+    evaluation = EvalCallback(
+        Monitor(script),
+        callback_on_new_best=OnNewBest(),
+        callback_after_eval=AfterEvaluation(),
+        n_eval_episodes=1,
+        eval_freq=50,
+        log_path=str(tmp_path / "log"),
+        best_model_save_path=str(tmp_path / "best"),
+        verbose=0,
+    )
+    model.learn(1000, evaluation, log_interval=10**9)
+    assert bests == [(200, 3.0), (600, 4.0), (1000, 5.0)]
+    assert scores == [3.0, 1.0, 4.0, 1.0, 5.0]
+    assert (evaluation.best_mean_reward, evaluation.last_mean_reward) == (5.0, 5.0)
+    log = np.load(tmp_path / "log" / "evaluations.npz")
+    assert log["timesteps"].tolist() == [200, 400, 600, 800, 1000]
+    assert log["results"].tolist() == [[3.0], [1.0], [4.0], [1.0], [5.0]]
+    assert log["ep_lengths"].tolist() == [[3]] * 5
+    assert [step for step, _ in dumps.rows] == [200, 400, 600, 800, 1000]
+    assert [row["eval/mean_reward"] for _, row in dumps.rows] == scores
+    assert len(script.weights) == 15
+    assert not th.equal(script.weights[0], script.weights[-1])
+
+
+@OTHER_TYPE_FOR_EVALUATION
+def test_saved_scores_are_those_of_the_saved_model(setup: Setup, tmp_path: Path) -> None:
+    evaluation = EvalCallback(
+        fixed_cartpole(),
+        n_eval_episodes=2,
+        eval_freq=50,
+        log_path=str(tmp_path),
+        best_model_save_path=str(tmp_path),
+        verbose=0,
+    )
+    setup.model(learning_rate=1e-2).learn(1000, evaluation)
+    log = np.load(tmp_path / "evaluations.npz")
+    assert log["timesteps"].tolist() == [200, 400, 600, 800, 1000]
+    best = A3C.load(tmp_path / "best_model")
+    which = int(np.argmax(log["results"].mean(axis=1)))  # the first best one is the one that is kept
+    assert best.num_timesteps == log["timesteps"][which]
+    rewards, lengths = evaluate_policy(best, fixed_cartpole(), n_eval_episodes=2, return_episode_rewards=True)
+    assert rewards == log["results"][which].tolist()
+    assert lengths == log["ep_lengths"][which].tolist()
+    assert evaluation.best_mean_reward == np.mean(rewards)
+
+
+@OTHER_TYPE_FOR_EVALUATION
+def test_stop_training_on_reward_threshold(setup: Setup) -> None:
+    threshold, recorder = StopTrainingOnRewardThreshold(reward_threshold=10.0), Recorder()
+    script = Script([1.0, 9.9, 3.0, 10.0, 2.0])
+    evaluation = EvalCallback(Monitor(script), callback_on_new_best=threshold, n_eval_episodes=1, eval_freq=25, verbose=0)
+    setup.model().learn(100_000, [evaluation, recorder])
+    assert evaluation.best_mean_reward == 10.0
+    assert evaluation.n_calls == recorder.n_calls == 4 * 25
+    assert threshold.n_calls == 3
+    assert list(script.returns) == [2.0]  # never played
+
+
+@pytest.mark.parametrize(("min_evals", "n_evaluations"), [(0, 5), (2, 5), (4, 9)])
+@OTHER_TYPE_FOR_EVALUATION
+def test_stop_training_on_no_model_improvement(setup: Setup, min_evals: int, n_evaluations: int) -> None:
+    patience = StopTrainingOnNoModelImprovement(max_no_improvement_evals=2, min_evals=min_evals)
+    # two after the best of 5 are borne, the third ends it; where counting starts at the fifth, 9 comes in time
+    script = Script([1.0, 5.0, 2.0, 3.0, 4.0, 9.0, 8.0, 7.0, 6.0, 5.0])
+    recorder = Recorder()
+    evaluation = EvalCallback(Monitor(script), callback_after_eval=patience, n_eval_episodes=1, eval_freq=20, verbose=0)
+    setup.model().learn(100_000, [evaluation, recorder])
+    assert patience.n_calls == n_evaluations
+    assert evaluation.n_calls == recorder.n_calls == n_evaluations * 20
+    assert len(list(script.returns)) == 10 - n_evaluations
+
+
+@OTHER_TYPE_FOR_EVALUATION
+def test_without_learning_rate_nothing_improves(setup: Setup, tmp_path: Path) -> None:
+    patience = StopTrainingOnNoModelImprovement(max_no_improvement_evals=3)
+    evaluation = EvalCallback(
+        fixed_cartpole(),
+        callback_after_eval=patience,
+        n_eval_episodes=2,
+        eval_freq=20,
+        log_path=str(tmp_path),
+        verbose=0,
+    )
+    model = setup.model(learning_rate=0.0)
+    initial = weights(model)
+    model.learn(100_000, evaluation)
+    assert evaluation.n_calls == (1 + 3 + 1) * 20  # the first is the best, three are borne, one is too many
+    assert model._n_updates > 0
+    assert th.equal(weights(model), initial)
+    results = np.load(tmp_path / "evaluations.npz")["results"]
+    assert results.shape == (5, 2)
+    assert np.unique(results).size == 1
+
+
+# --- the others -----------------------------------------------------------------------------------------------------
+
+
+def test_stop_training_on_max_episodes(setup: Setup) -> None:
+    stop, recorder = StopTrainingOnMaxEpisodes(max_episodes=5), Recorder()
+    setup.model().learn(100_000, [stop, recorder])
+    assert stop.n_calls == recorder.n_calls
+    assert stop.n_episodes == sum(recorder.n_dones) == recorder.episodes.total()
+    assert sum(recorder.n_dones[:-1]) < 5 * N_ENVS <= sum(recorder.n_dones)
+
+
+def test_every_n_timesteps_fires_at_the_first_call_after_them(setup: Setup) -> None:
+    child, recorder = Recorder(), Recorder()
+    setup.model().learn(900, [EveryNTimesteps(n_steps=250, callback=child), recorder])
+    assert child.timesteps == [252, 504, 756]
+    assert recorder.n_calls >= 225
+    child, recorder = Recorder(stop_at=3), Recorder()
+    setup.model().learn(100_000, [EveryNTimesteps(n_steps=30, callback=child), recorder])
+    assert child.timesteps == [32, 64, 96]
+    assert recorder.n_calls == 96 // N_ENVS
+
+
+def test_log_every_n_timesteps_dumps_the_figures_of_that_time(setup: Setup) -> None:
+    model, dumps = setup.model(), Dumps()
+    model.set_logger(Logger(None, [dumps]))
+    model.learn(900, LogEveryNTimesteps(n_steps=250), log_interval=10**9)
+    assert [step for step, _ in dumps.rows] == [252, 504, 756]
+    for step, row in dumps.rows:
+        assert row["time/total_timesteps"] == step
+        assert "time/iterations" not in row  # as in A2C: nobody has counted them
+        assert row["rollout/ep_len_mean"] == row["rollout/ep_rew_mean"] >= 8  # CartPole pays 1 for each step
+        assert -np.log(2) <= row["train/entropy_loss"] < -0.5
+        assert 0 < row["train/n_updates"] <= model._n_updates
+    # together with the logs of SB3's loop: one after every 20th rollout
+    model, dumps = setup.model(), Dumps()
+    model.set_logger(Logger(None, [dumps]))
+    model.learn(900, LogEveryNTimesteps(n_steps=300), log_interval=20)
+    assert [step for step, _ in dumps.rows] == [300, 400, 600, 800, 900]
+
+
+class ReadableProgressBar(ProgressBarCallback):
+    """The bar's numbers when it was closed."""
+
+    def _on_training_end(self) -> None:
+        self.n, self.total = self.pbar.n, self.pbar.total
+        super()._on_training_end()
+
+
+def test_the_progress_bar_counts_calls(setup: Setup) -> None:
+    bar, model = ReadableProgressBar(), setup.model()
+    model.learn(402, bar)
+    assert (bar.n, bar.total) == (bar.n_calls * N_ENVS, 402)
+    assert 0 <= model.num_timesteps - bar.n < N_ENVS  # an incomplete last row is counted without a call
+    bar, n_before = ReadableProgressBar(), model.num_timesteps
+    model.learn(402, bar, reset_num_timesteps=False)
+    assert (bar.n, bar.total) == (bar.n_calls * N_ENVS, 402)
+    assert 0 <= model.num_timesteps - n_before - bar.n < N_ENVS
+
+
+def test_progress_bar_true_shows_the_same_bar(setup: Setup) -> None:
+    bars: list[Any] = []
+
+    class Look(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_training_end(self) -> None:
+            shown = self.locals["callback"].callbacks[-1]
+            assert isinstance(shown, ProgressBarCallback)
+            bars.append((shown.pbar.n, shown.pbar.total))
+
+    look = Look()
+    setup.model().learn(400, look, progress_bar=True)
+    assert look.n_calls >= 100
+    assert bars == [(look.n_calls * N_ENVS, 400)]

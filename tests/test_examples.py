@@ -1,0 +1,111 @@
+"""The short examples: each runs as it is, without warnings, and leaves what it says."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_a3c import A3C
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SHORT = ["quick_start", "callbacks", "vec_normalize", "curriculum", "custom_network"]
+N_ENVS = 8
+
+
+def run(name: str, timesteps: int, folder: Path) -> str:
+    command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), str(timesteps)]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""  # with -W error, what is left open at the end is only told there
+    return result.stdout
+
+
+def load(path: Path, timesteps: int, n_steps: int = 20) -> A3C:
+    model = A3C.load(path)
+    assert timesteps <= model.num_timesteps <= timesteps + n_steps * N_ENVS
+    assert model._n_updates > 0
+    return model
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_examples_are_short_and_need_no_main_guard(name: str) -> None:
+    source = (EXAMPLES / f"{name}.py").read_text()
+    tree = ast.parse(source)
+    assert "__name__" not in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    docstring = ast.get_docstring(tree)
+    assert docstring is not None
+    assert f"python examples/{name}.py [timesteps]" in docstring
+    assert len(source.splitlines()) <= 80
+
+
+def test_quick_start(tmp_path: Path) -> None:
+    output = run("quick_start", 2_000, tmp_path)
+    assert "Return of 20 episodes: " in output
+    assert "One more episode: " in output
+    model = load(tmp_path / "logs/quick_start/model.zip", 2_000)
+    assert model.predict(np.zeros((3, 4), dtype=np.float32))[0].shape == (3,)
+
+
+def test_callbacks(tmp_path: Path) -> None:
+    output = run("callbacks", 5_500, tmp_path)
+    folder = tmp_path / "logs/callbacks"
+    with np.load(folder / "evaluations.npz") as evaluations:
+        assert evaluations["timesteps"].tolist() == [5_000]
+        best = float(np.mean(evaluations["results"]))
+    assert f"Best evaluation: {best:.1f}, after " in output
+    assert A3C.load(folder / "best_model.zip").num_timesteps == 5_000
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["a3c_5000_steps.zip"]
+    (events,) = (folder / "A3C_1").glob("events.*")
+    written = events.read_bytes()
+    for expected in (b"_hparams_/session_start_info", b"ent_coef", b"eval/mean_reward", b"rollout/n_episodes"):
+        assert expected in written
+
+
+def test_vec_normalize(tmp_path: Path) -> None:
+    output = run("vec_normalize", 2_000, tmp_path)
+    assert "Return of 20 episodes: " in output
+    folder = tmp_path / "logs/vec_normalize"
+    load(folder / "model.zip", 2_000, n_steps=100)
+    env = VecNormalize.load(str(folder / "vec_normalize.pkl"), make_vec_env("MountainCarContinuous-v0"))
+    assert not isinstance(env.obs_rms, dict)
+    assert env.obs_rms.count >= 2_000
+    position, velocity = env.obs_rms.mean
+    assert -1.2 < position < 0.0  # the valley's bottom is at -0.5
+    assert abs(velocity) < 0.02
+    assert 0 < env.obs_rms.var[1] < 0.07**2  # 0.07 is the top speed
+    env.close()
+
+
+def test_curriculum(tmp_path: Path) -> None:
+    output = run("curriculum", 17_000, tmp_path)  # the logger's first table comes after 16,000
+    (line,) = (line for line in output.splitlines() if line.startswith("Difficulty at the end: "))
+    levels = ast.literal_eval(line.removeprefix("Difficulty at the end: "))
+    assert len(levels) == N_ENVS
+    assert len(set(levels)) == 1
+    assert levels[0] >= 5
+    length = re.search(r"ep_len_mean +\| +([\d.]+)", output)
+    assert length is not None
+    assert (
+        float(length[1]) > 2
+    )  # the workers' environments became harder too: the first difficulty's episodes take 1 or 2 steps
+    load(tmp_path / "logs/curriculum/model.zip", 17_000)
+
+
+def test_custom_network(tmp_path: Path) -> None:
+    output = run("custom_network", 2_000, tmp_path)
+    assert "(features_extractor): Extractor(" in output  # print(model.policy)
+    assert "(lstm): LSTM(32, 64)" in output
+    model = load(tmp_path / "logs/custom_network/model.zip", 2_000, n_steps=32)
+    assert isinstance(model.policy.optimizer, th.optim.AdamW)
+    assert type(model.policy.features_extractor).__name__ == "Extractor"
+    action, state = model.predict(np.zeros((3, 2), dtype=np.float32))
+    assert action.shape == (3,)
+    assert state is not None
+    assert state[0].shape == (1, 3, 64)
