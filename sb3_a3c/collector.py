@@ -125,6 +125,7 @@ class HogwildCollector:
         self._done: set[int] = set()  # workers that make no more rollouts
         self._wrapper_counts: list[WrapperCounts] = []
         self._redirect: Redirect | None = None
+        self._n_threads = th.get_num_threads()
         self._workers: _Workers
         if not shares:
             self._workers = _InProcess(tasks[0], begin_episodes(env, first_reset), self.store)
@@ -137,6 +138,8 @@ class HogwildCollector:
         self._workers = Supervisor(run_worker, arguments, start_method, PRELOAD)
         self._workers.start()
         self._redirect = Redirect(env, self._call_envs)
+        # the cores are the workers': a second thread here would wait for one of them, and the first for the second
+        th.set_num_threads(max(1, min(self._n_threads, _n_cores() - len(tasks))))
 
     def next_step(self) -> Step | None:
         """
@@ -191,6 +194,7 @@ class HogwildCollector:
         """End the workers and free what was used for them; the store stays readable."""
         if self._redirect is not None:
             self._redirect.remove()
+            th.set_num_threads(self._n_threads)
             self._redirect = None  # it refers to this object: together they would keep the shared memory for a while
         try:
             self._workers.request_stop()

@@ -1,18 +1,23 @@
 """Steps out of workers: all of them, each once, in order, and with random state and threads left alone."""
 
+import os
 import random
 import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_a3c import A3C
-from sb3_a3c.collector import HogwildCollector
+from sb3_a3c.collector import MAX_ROLLOUTS_WAITING, HogwildCollector, _n_cores
 
 
 class StepCounter(gym.Wrapper[Any, Any, Any, Any]):
@@ -26,6 +31,26 @@ class StepCounter(gym.Wrapper[Any, Any, Any, Any]):
         obs, reward, terminated, truncated, info = super().step(action)
         self.n_steps += 1
         return obs, reward, terminated, truncated, {**info, "n_steps": self.n_steps}
+
+
+class Sleeper(StepCounter):
+    """Takes its time for each step, and notes when it was made."""
+
+    def __init__(self, env: gym.Env[Any, Any], seconds: float) -> None:
+        super().__init__(env)
+        self.seconds = seconds
+
+    def step(self, action: Any) -> Any:
+        time.sleep(self.seconds)
+        *step, info = super().step(action)
+        return *step, {**info, "time": time.perf_counter()}
+
+
+def sleeping_env(vec_env: type[VecEnv], *seconds: float) -> VecEnv:
+    def maker(seconds: float) -> Callable[[], gym.Env[Any, Any]]:
+        return lambda: Sleeper(gym.make("CartPole-v1"), seconds)
+
+    return vec_env([maker(each) for each in seconds])  # type: ignore[call-arg,arg-type]
 
 
 def counting_env(n_envs: int) -> VecEnv:
@@ -115,3 +140,80 @@ def test_statistics_cover_all_that_was_learned() -> None:
     assert -0.7 < statistics["train/entropy_loss"] < -0.6  # a new policy is nearly uniform: log 2
     assert sum(value for key, value in statistics.items() if key.startswith("time/")) == pytest.approx(1.0)
     assert collector.store.n_updates == 20  # 400 transitions, 2 environments of 10 steps in each update
+
+
+@pytest.mark.parametrize("vec_env", [DummyVecEnv, SubprocVecEnv])
+def test_nobody_waits_for_a_slow_environment(vec_env: type[VecEnv]) -> None:
+    def train(n_workers: int, *seconds: float) -> tuple[float, dict[int, list[int]], int]:
+        """The rate of environment 0 in steps a second, each environment's step numbers in order, and the largest backlog."""
+        env = sleeping_env(vec_env, *seconds)
+        times: list[float] = []
+        steps: dict[int, list[int]] = {i: [] for i in range(env.num_envs)}
+        backlog = 0
+
+        def note(local: dict[str, Any], _: dict[str, Any]) -> bool:
+            nonlocal backlog
+            for info in local["infos"]:
+                steps[info["env_index"]].append(info["n_steps"])
+                if info["env_index"] == 0:
+                    times.append(info["time"])
+            queues = local["self"]._collector._assembler._queues
+            backlog = max(backlog, *(len(queue) for queue in queues))
+            return len(times) < 600
+
+        A3C("MlpPolicy", env, n_workers=n_workers, n_steps=10).learn(100_000, callback=note)
+        env.close()
+        return (len(times) - 101) / (times[-1] - times[100]), steps, backlog
+
+    fast, slow = 0.002, 0.02
+    alone, _, _ = train(1, fast, fast)
+    rate, steps, backlog = train(2, fast, fast, fast, slow)
+    print(
+        f"steps a second of the fast worker: {rate:.0f} beside a slow one, {alone:.0f} alone: a ratio of {rate / alone:.2f}"
+    )
+    assert rate >= 0.9 * alone
+    for numbers in steps.values():
+        assert numbers == list(range(1, len(numbers) + 1))
+    assert len(steps[0]) > 3 * len(steps[3]) > 0
+    assert backlog <= 10 * MAX_ROLLOUTS_WAITING  # and so memory stays flat however long it goes
+
+
+def test_while_workers_have_the_cores_this_process_uses_those_that_are_left() -> None:
+    seen: set[int] = set()
+
+    def note(_: dict[str, Any], __: dict[str, Any]) -> bool:
+        seen.add(th.get_num_threads())
+        return True
+
+    before = th.get_num_threads()
+    th.set_num_threads(2)
+    try:
+        A3C("MlpPolicy", counting_env(64), n_workers=_n_cores()).learn(100, callback=note)
+        assert seen == {1}
+        assert th.get_num_threads() == 2
+    finally:
+        th.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_callbacks_and_reports_cost_the_main_process_little(capsys: pytest.CaptureFixture[str]) -> None:
+    """On Pong, with 16 environments and one worker for each core."""
+    seconds: list[tuple[float, float]] = []
+
+    def cpu_seconds(pid: int) -> float:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    class Look(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls in (200, 1200):
+                workers: Any = self.model._collector._workers  # type: ignore[attr-defined]
+                seconds.append((time.process_time(), sum(map(cpu_seconds, workers.pids))))
+            return self.n_calls < 1200
+
+    A3C("CnnLstmPolicy", make_atari_env("PongNoFrameskip-v4", n_envs=16)).learn(1e9, Look(), log_interval=10)
+    (main, workers), (main_later, workers_later) = seconds
+    ratio = (main_later - main) / (workers_later - workers)
+    with capsys.disabled():
+        print(f"\nCPU seconds of the main process over those of its workers: {100 * ratio:.1f} %")
+    assert ratio <= 0.03
