@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import VecEnv, VecVideoRecorder
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecVideoRecorder
 
 from sb3_a3c.envs import EnvShare, FirstReset, WrapperCounts, begin_episodes, continue_from, deal, split_env, wrappers
 from sb3_a3c.normalization import News, merge_news, no_news, options
@@ -27,6 +27,7 @@ from sb3_a3c.redirect import Redirect
 from sb3_a3c.reports import Obs, RolloutStatistics, Step, StepAssembler, TrainingStatistics
 from sb3_a3c.service import Change, Close, Credit, Done, EnvCall, Farewell, Progress, run_worker
 from sb3_a3c.shared import ParameterStore
+from sb3_a3c.subproc import take_back
 from sb3_a3c.supervisor import Supervisor
 from sb3_a3c.worker import ActorLearner, Settings, WorkerTask
 
@@ -123,7 +124,7 @@ class HogwildCollector:
         self._news_for: list[News] = [no_news(env) for _ in tasks]  # not yet passed on
         self._statistics_of: list[deque[RolloutStatistics]] = [deque() for _ in tasks]  # not yet shown to the end
         self._done: set[int] = set()  # workers that make no more rollouts
-        self._wrapper_counts: list[WrapperCounts] = []
+        self._wrapper_counts: dict[int, WrapperCounts] = {}  # of workers that have said farewell
         self._redirect: Redirect | None = None
         self._n_threads = th.get_num_threads()
         self._workers: _Workers
@@ -209,7 +210,14 @@ class HogwildCollector:
                     continue
         finally:
             self._workers.stop()
-            continue_from(self._env, self._wrapper_counts)
+            self._take_environments_back()
+
+    def _take_environments_back(self) -> None:
+        continue_from(self._env, list(self._wrapper_counts.values()))
+        base = self._env.unwrapped
+        died = [index for index, worker in self._worker_of.items() if worker not in self._wrapper_counts]
+        if isinstance(self._workers, Supervisor) and isinstance(base, SubprocVecEnv) and died:
+            take_back(base, died)
 
     @property
     def _all_done(self) -> bool:
@@ -228,7 +236,7 @@ class HogwildCollector:
                     self._done.add(worker)
                 case Farewell(news, counts):
                     self._spread(worker, news)
-                    self._wrapper_counts.append(counts)
+                    self._wrapper_counts[worker] = counts
         return bool(messages)
 
     def _spread(self, worker: int, news: News) -> None:

@@ -7,7 +7,6 @@ a ``SubprocVecEnv`` only the ends of the pipes: worker i drives its slice of the
 """
 
 import contextlib
-import copy
 import functools
 import inspect
 import io
@@ -38,6 +37,8 @@ from stable_baselines3.common.vec_env import (
 )
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
+
+from sb3_a3c.subproc import lend
 
 #: Wrappers that can be split. By exact type: a subclass may do something that its share would not.
 _WRAPPERS = (
@@ -173,7 +174,7 @@ def take_share(env: VecEnv, indices: Sequence[int]) -> VecEnv:
     if type(env) is DummyVecEnv:
         return _dummy_vec_env([env.envs[i] for i in indices])
     if type(env) is SubprocVecEnv:
-        return _subproc_vec_env(env, indices)
+        return lend(env, indices)
     if isinstance(env, VecEnvWrapper) and type(env) in _WRAPPERS:
         return _take_wrapper(env, indices)
     kinds = ", ".join(kind.__name__ for kind in (DummyVecEnv, SubprocVecEnv, *_WRAPPERS))
@@ -209,16 +210,6 @@ def _channels_order(stacked: StackedObservations[Any]) -> Any:
 
 def _dummy_vec_env(envs: Sequence[Any]) -> DummyVecEnv:
     return DummyVecEnv([functools.partial(lambda env: env, env) for env in envs])
-
-
-def _subproc_vec_env(env: SubprocVecEnv, indices: Sequence[int]) -> SubprocVecEnv:
-    share = copy.copy(env)
-    share.num_envs = len(indices)
-    share.remotes = tuple(env.remotes[i] for i in indices)
-    share.work_remotes, share.processes = (), []
-    share.closed = True  # not the worker's to close: its user will go on with the processes
-    share.reset_infos, share._seeds, share._options = ([{}] * len(indices), [None] * len(indices), [{}] * len(indices))
-    return share
 
 
 def clone_env(env: gym.Env[Any, Any], n_envs: int) -> VecEnv:

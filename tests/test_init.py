@@ -12,13 +12,13 @@ LAYERS = {
     "__init__": {"a3c", "errors", "policies"},
     "a3c": {"arguments", "collector", "envs", "policies", "shared", "worker"},
     "arguments": {"envs", "policies", "worker"},
-    "collector": {"envs", "normalization", "redirect", "reports", "service", "shared", "supervisor", "worker"},
+    "collector": {"envs", "normalization", "redirect", "reports", "service", "shared", "subproc", "supervisor", "worker"},
     "service": {"channel", "envs", "normalization", "reports", "shared", "worker"},
     "worker": {"errors", "loss", "policies", "reports", "shared"},
     "supervisor": {"channel", "errors", "launcher"},
     "normalization": {"envs"},
     "channel": set(),
-    "envs": set(),
+    "envs": {"subproc"},
     "errors": set(),
     "launcher": set(),
     "loss": set(),
@@ -26,6 +26,7 @@ LAYERS = {
     "redirect": set(),
     "reports": set(),
     "shared": set(),
+    "subproc": set(),
 }
 
 
