@@ -233,6 +233,8 @@ class A3C(OnPolicyAlgorithm):
             raise ValueError(
                 "The model has no environment to learn from: call `set_env(env)` or `load(path, env=env)` first."
             )
+        check_processes(self.n_workers, self.start_method)  # also what was changed since the constructor
+        check_settings(self._settings())
         check_workers(self.env, self.n_workers)
         self._base_seed = int(np.random.randint(2**31))
         self._pending_env_seeds, self._pending_env_options = pending_seeds(self.env), pending_options(self.env)
@@ -249,12 +251,14 @@ class A3C(OnPolicyAlgorithm):
 
     def _start_workers(self, env: VecEnv) -> HogwildCollector:
         assert self._last_obs is not None
+        settings = self._settings()
+        check_settings(settings)  # a callback may have changed them at the start of training
         self._n_updates_at_start = self._n_updates
         return HogwildCollector(
             self.policy,
             env,
             self._last_obs,
-            self._settings(),
+            settings,
             self.n_workers,
             seed=self._base_seed,
             env_seeds=self._pending_env_seeds,

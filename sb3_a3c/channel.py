@@ -63,6 +63,7 @@ class WorkerChannel:
     def __init__(self, pipe: "Pipe[Any, Any]", inbox: "queue.SimpleQueue[bytes]", stop_flag: th.Tensor) -> None:
         self._pipe = pipe
         self._inbox = inbox
+        self._warnings: queue.SimpleQueue[Warned] = queue.SimpleQueue()
         self._stop_flag = stop_flag.numpy()
 
     def send(self, message: Any) -> None:
@@ -99,8 +100,16 @@ class WorkerChannel:
             data = dumps(Answer(request.number, raised=_raised(exception)))
         self._send_bytes(data)
 
+    def warn(
+        self, message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        """Stands in for ``warnings.showwarning``, in any thread at any moment: told before the next message."""
+        self._warnings.put(Warned(str(message), category, filename, lineno))
+
     def _send_bytes(self, data: bytes) -> None:
         try:
+            for _ in range(self._warnings.qsize()):
+                self._pipe.send_bytes(dumps(self._warnings.get()))
             self._pipe.send_bytes(data)
         except (BrokenPipeError, ConnectionResetError):
             os._exit(1)  # the main process does not listen any more
@@ -118,9 +127,7 @@ def worker_process(
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_empty_inbox, args=(inbox, messages), daemon=True).start()
     channel = WorkerChannel(pipe, messages, stop_flag)
-    warnings.showwarning = lambda message, category, filename, lineno, *_: channel.send(
-        Warned(str(message), category, filename, lineno)
-    )
+    warnings.showwarning = channel.warn
     try:
         pickle.loads(target)(channel, *arguments)
         channel.send(Finished())

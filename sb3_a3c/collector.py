@@ -131,11 +131,11 @@ class HogwildCollector:
         if not shares:
             self._workers = _InProcess(tasks[0], begin_episodes(env, first_reset), self.store)
             return
-        # with short rollouts, one worker's must be able to fill a whole step
-        credit = MAX_ROLLOUTS_WAITING + 1 + len(tasks) // settings.n_steps
-        arguments = [
-            (self.store, share, credit, cloudpickle.dumps(task)) for task, share in zip(tasks, shares.values(), strict=True)
-        ]
+        arguments = []
+        for task, (indices, share) in zip(tasks, shares.items(), strict=True):
+            # with short rollouts, one worker's must be able to fill a whole step
+            credit = MAX_ROLLOUTS_WAITING + 1 + n_envs // (settings.n_steps * len(indices))
+            arguments.append((self.store, share, credit, cloudpickle.dumps(task)))
         self._workers = Supervisor(run_worker, arguments, start_method, PRELOAD)
         self._workers.start()
         self._redirect = Redirect(env, self._call_envs)
@@ -234,6 +234,8 @@ class HogwildCollector:
                     self._spread(worker, news)
                 case Done():
                     self._done.add(worker)
+                    for other in range(len(self._env_indices)):
+                        self._give_credit(other)  # who waits for credit must find out too that there is no more to do
                 case Farewell(news, counts):
                     self._spread(worker, news)
                     self._wrapper_counts[worker] = counts

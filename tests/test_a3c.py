@@ -12,10 +12,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from gymnasium import spaces
-from sb3_contrib.ppo_recurrent import CnnLstmPolicy as ContribCnnLstmPolicy
-from sb3_contrib.ppo_recurrent import MlpLstmPolicy as ContribMlpLstmPolicy
-from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CheckpointCallback,
@@ -387,60 +383,6 @@ def test_the_model_is_up_to_date_when_training_ends_by_false() -> None:
     last = Last()
     model = A3C("MlpPolicy", cartpole(), n_workers=2).learn(100_000, callback=last)
     assert all(th.equal(p, q) for p, q in zip(last.weights, model.policy.parameters(), strict=True))
-
-
-class OtherSpace(gym.Env[Any, Any]):
-    """An environment with a space of the user's."""
-
-    render_mode = None
-
-    def __init__(self, observation_space: Any, action_space: Any) -> None:
-        self.observation_space, self.action_space = observation_space, action_space
-
-
-BOX, DISCRETE = spaces.Box(-1, 1, (2,)), spaces.Discrete(2)
-BAD_ARGUMENTS: list[Any] = [
-    pytest.param({"n_workers": -1}, r"`n_workers` must be an integer and at least 0, not -1", id="negative-workers"),
-    pytest.param({"n_workers": 1.5}, r"`n_workers` must be an integer", id="fractional-workers"),
-    pytest.param({"n_workers": 5}, r"n_workers=5, but there are only 4 environments.*Use n_workers=4", id="too-many"),
-    pytest.param({"n_steps": 0}, r"`n_steps` must be an integer and at least 1, not 0", id="no-steps"),
-    pytest.param({"envs_per_update": 0}, r"`envs_per_update` must be", id="no-chunk"),
-    pytest.param({"gamma": 1.5}, r"`gamma` must be a number between 0 and 1.0, not 1.5", id="gamma"),
-    pytest.param({"gae_lambda": float("nan")}, r"`gae_lambda` must be a number", id="nan"),
-    pytest.param({"max_grad_norm": "40"}, r"`max_grad_norm` must be a number", id="string"),
-    pytest.param({"rollout_buffer_class": RolloutBuffer}, r"has no rollout buffer.*Leave", id="buffer"),
-    pytest.param({"rollout_buffer_kwargs": {"x": 1}}, r"has no rollout buffer.*Leave", id="buffer-kwargs"),
-    pytest.param({"device": "cuda"}, r"device='cuda'.*Use device='cpu' or 'auto'", id="cuda"),
-    pytest.param({"device": th.device("cuda", 0)}, r"device='cuda:0'.*Use device='cpu'", id="cuda:0"),
-    pytest.param({"start_method": "fork"}, r"`start_method` must be None, 'forkserver' or 'spawn'", id="fork"),
-    pytest.param({"policy": ContribMlpLstmPolicy}, r'sb3-contrib.*"MlpLstmPolicy"', id="contrib-mlp"),
-    pytest.param({"policy": ContribCnnLstmPolicy}, r'sb3-contrib.*"CnnLstmPolicy"', id="contrib-cnn"),
-    pytest.param({"policy": "GruPolicy"}, r"GruPolicy unknown", id="unknown-policy"),
-    pytest.param({"policy": "CnnLstmPolicy"}, r"needs images.*Use `MlpLstmPolicy`", id="no-image"),
-    pytest.param(
-        {"policy_kwargs": {"optimizer_class": th.optim.LBFGS}}, r"LBFGS needs a closure.*Use an optimizer", id="closure"
-    ),
-    pytest.param(
-        {"env": OtherSpace(spaces.Tuple([BOX, BOX]), DISCRETE)}, r"supports Box.*observation spaces", id="tuple-obs"
-    ),
-    pytest.param({"env": OtherSpace(BOX, spaces.Tuple([DISCRETE]))}, r"supports Box.*action spaces", id="tuple-action"),
-    pytest.param({"env": OtherSpace(spaces.Dict(a=BOX), DISCRETE)}, r"MultiInputLstmPolicy", id="dict-obs"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
-def test_bad_arguments_raise_before_any_process_starts(
-    arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_process(*_: Any) -> None:
-        raise AssertionError("a process was started")
-
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", no_process)
-    arguments = {"policy": "MlpLstmPolicy", "env": cartpole(), **arguments}
-    before = children()
-    with pytest.raises(ValueError, match=message):
-        A3C(**arguments)
-    assert children() == before
 
 
 class OwnVecEnv(DummyVecEnv):
