@@ -21,6 +21,9 @@ import torch as th
 
 Pipe = connection.Connection  # multiprocessing's, one end of it
 
+#: So many warnings of a worker are kept between two messages.
+MAX_WARNINGS = 100
+
 
 class Finished(NamedTuple):
     """The worker's function has returned."""
@@ -104,7 +107,8 @@ class WorkerChannel:
         self, message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
     ) -> None:
         """Stands in for ``warnings.showwarning``, in any thread at any moment: told before the next message."""
-        self._warnings.put(Warned(str(message), category, filename, lineno))
+        if self._warnings.qsize() < MAX_WARNINGS:
+            self._warnings.put(Warned(str(message), category, filename, lineno))
 
     def _send_bytes(self, data: bytes) -> None:
         try:
