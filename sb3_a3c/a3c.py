@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_a3c.arguments import check_device, check_policy, check_processes, check_settings, check_spaces, check_workers
 from sb3_a3c.collector import HogwildCollector
 from sb3_a3c.envs import clone_env, pending_options, pending_seeds, unobserved
+from sb3_a3c.interrupts import uninterrupted
 from sb3_a3c.policies import CnnLstmPolicy, CnnPolicy, MlpLstmPolicy, MlpPolicy, MultiInputLstmPolicy, MultiInputPolicy
 from sb3_a3c.shared import check_optimizer
 from sb3_a3c.worker import Settings
@@ -218,9 +219,12 @@ class A3C(OnPolicyAlgorithm):
         :param progress_bar: Display a progress bar using tqdm and rich.
         :return: the trained model
         :raises ValueError: before any process starts, if the environments can't be trained on as asked
+        :raises RuntimeError: if the model is learning already
         :raises WorkerDiedError: if a worker process died
         :raises Exception: what an environment or the policy raised in a worker
         """
+        if self._collector is not None:
+            raise RuntimeError("This model is learning already. End that call of `learn` first: a callback does by False.")
         try:
             return super().learn(
                 int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
@@ -272,15 +276,19 @@ class A3C(OnPolicyAlgorithm):
         """Take back what was learned, and leave no process behind."""
         if self._collector is None:
             return
+        collector, self._collector = self._collector, None
         try:
-            self._count_unseen()
+            collector.stop()
         finally:
-            collector, self._collector = self._collector, None
-            try:
-                collector.stop()
-            finally:
-                self._fetch(collector)
-                collector.store.fetch_optimizer(self.policy)
+            self._take_over(collector)
+            collector.store.fetch_optimizer(self.policy)
+
+    def _take_over(self, collector: HogwildCollector) -> None:
+        """Count what no callback has seen (the remainder, and what came after False), and follow what was learned."""
+        infos, dones = collector.take_leftovers()
+        self.num_timesteps += len(infos)
+        self._update_info_buffer(infos, dones)
+        self._fetch(collector)
 
     def _fetch(self, collector: HogwildCollector) -> None:
         """The private policy follows the shared parameters."""
@@ -307,28 +315,30 @@ class A3C(OnPolicyAlgorithm):
         :return: False if callback terminated the training prematurely.
         """
         if self._collector is None:
-            self._collector = self._start_workers(env)
+            with uninterrupted():  # once they run, `learn` must know of them
+                self._collector = self._start_workers(env)
         callback.on_rollout_start()
-        n_steps = 0
+        n_steps, is_over = 0, False
         while n_steps < n_rollout_steps or self.num_timesteps >= self._total_timesteps:
-            step = self._collector.next_step()
-            if step is None:
+            is_over = not self._collector.wait_for_step()
+            if is_over:
+                self._take_over(self._collector)
                 break
-            rewards, dones, infos, actions, new_obs = step
-            self.num_timesteps += env.num_envs
+            with uninterrupted():  # what is taken is counted
+                rewards, dones, infos, actions, new_obs = self._collector.take_step()
+                self.num_timesteps += env.num_envs
             callback.update_locals(locals())
             go_on = callback.on_step()
             self._update_info_buffer(infos, dones)
             if not go_on:
-                self._count_unseen()
+                self._collector.drain()
+                self._take_over(self._collector)
                 return False
             self._pass_changes_on()
             n_steps += 1
-        if step is None:
-            self._count_unseen()
         callback.update_locals(locals())
         callback.on_rollout_end()
-        return True
+        return not is_over or self.num_timesteps >= self._total_timesteps  # less if a report was lost: SB3 must not go on
 
     def _pass_changes_on(self) -> None:
         """A callback may have changed hyper-parameters."""
@@ -336,15 +346,9 @@ class A3C(OnPolicyAlgorithm):
         settings = self._settings()
         if settings != self._collector.settings:
             check_settings(settings)
+            if settings.take_turns != self._collector.settings.take_turns:
+                raise ValueError("`take_turns` can't be changed while workers run: set it before `learn`.")
         self._collector.change(settings)
-
-    def _count_unseen(self) -> None:
-        """Stop the workers, and count and take over what no callback has seen: the remainder, and what came after False."""
-        assert self._collector is not None
-        infos, dones = self._collector.drain()
-        self.num_timesteps += len(infos)
-        self._update_info_buffer(infos, dones)
-        self._fetch(self._collector)
 
     def train(self) -> None:
         """Take over what the workers have learned so far; the gradient steps themselves are theirs."""
@@ -394,6 +398,18 @@ class A3C(OnPolicyAlgorithm):
         super().set_parameters(load_path_or_dict, exact_match, device)
         if self._collector is not None:
             self._collector.store.load_policy(self.policy)
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Set the environment to learn from, as in Stable-Baselines3.
+
+        :param env: The environment for learning a policy
+        :param force_reset: Force call to ``reset()`` before training
+        :raises RuntimeError: while workers run, in other environments
+        """
+        if self._collector is not None:
+            raise RuntimeError("A3C's workers are learning in the environments they have. Call `set_env` after `learn`.")
+        super().set_env(env, force_reset)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_collector", "_base_seed", "_pending_env_seeds", "_pending_env_options"]

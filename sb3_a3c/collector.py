@@ -5,13 +5,12 @@ It deals the environments out, runs the workers (processes under the supervisor,
 their reports to Stable-Baselines3 as steps of ``n_envs`` transitions, and tells the workers what callbacks changed.
 """
 
-import contextlib
 import multiprocessing
 import os
-import random
+import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import cloudpickle
@@ -21,7 +20,19 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecVideoRecorder
 
-from sb3_a3c.envs import EnvShare, FirstReset, WrapperCounts, begin_episodes, continue_from, deal, split_env, wrappers
+from sb3_a3c.envs import (
+    EnvShare,
+    FirstReset,
+    WrapperCounts,
+    begin_episodes,
+    continue_from,
+    deal,
+    finish_videos,
+    split_env,
+    wrappers,
+)
+from sb3_a3c.inprocess import InProcessWorker
+from sb3_a3c.interrupts import uninterrupted
 from sb3_a3c.normalization import News, merge_news, no_news, options
 from sb3_a3c.redirect import Redirect
 from sb3_a3c.reports import Obs, RolloutStatistics, Step, StepAssembler, TrainingStatistics
@@ -29,12 +40,12 @@ from sb3_a3c.service import Change, Close, Credit, Done, EnvCall, Farewell, Prog
 from sb3_a3c.shared import ParameterStore
 from sb3_a3c.subproc import take_back
 from sb3_a3c.supervisor import Supervisor
-from sb3_a3c.worker import ActorLearner, Settings, WorkerTask
+from sb3_a3c.worker import Settings, WorkerTask
 
 #: So many rollouts of one worker may wait for the others' before they fill the others' rows; one more is on its way.
 MAX_ROLLOUTS_WAITING = 3
-#: Seconds within which workers that have been asked to stop must have told what they did last; saving a video takes long.
-DRAIN_SECONDS, VIDEO_SECONDS = 2.0, 60.0
+#: Seconds within which workers that have been asked to stop must have told what they did last.
+PATIENCE, LONG_PATIENCE = 2.0, 60.0
 #: Modules that a fork server imports once for all workers. torch's optimizers import torch._dynamo at their first step,
 #: which takes seconds; cv2 and ale_py, slow to import too, are there for Atari.
 PRELOAD = ("sb3_a3c.service", "stable_baselines3.common.vec_env", "torch._dynamo", "cv2", "ale_py")
@@ -48,6 +59,8 @@ class _Workers(Protocol):
 
     @property
     def finished(self) -> bool: ...
+
+    def wait(self, timeout: float | None = None) -> None: ...
 
     def receive(self, timeout: float | None = None) -> list[tuple[int, Any]]: ...
 
@@ -125,33 +138,50 @@ class HogwildCollector:
         self._statistics_of: list[deque[RolloutStatistics]] = [deque() for _ in tasks]  # not yet shown to the end
         self._done: set[int] = set()  # workers that make no more rollouts
         self._wrapper_counts: dict[int, WrapperCounts] = {}  # of workers that have said farewell
+        self._has_failed = False  # a worker, and it was raised
         self._redirect: Redirect | None = None
         self._n_threads = th.get_num_threads()
         self._workers: _Workers
         if not shares:
-            self._workers = _InProcess(tasks[0], begin_episodes(env, first_reset), self.store)
+            self._workers = InProcessWorker(tasks[0], begin_episodes(env, first_reset), self.store)
             return
+        finish_videos(env)
         arguments = []
         for task, (indices, share) in zip(tasks, shares.items(), strict=True):
             # with short rollouts, one worker's must be able to fill a whole step
             credit = MAX_ROLLOUTS_WAITING + 1 + n_envs // (settings.n_steps * len(indices))
             arguments.append((self.store, share, credit, cloudpickle.dumps(task)))
         self._workers = Supervisor(run_worker, arguments, start_method, PRELOAD)
-        self._workers.start()
+        try:
+            self._workers.start()
+        except BaseException:
+            self._take_environments_back()  # those that have started may have begun to step them
+            raise
         self._redirect = Redirect(env, self._call_envs)
         # the cores are the workers': a second thread here would wait for one of them, and the first for the second
         th.set_num_threads(max(1, min(self._n_threads, _n_cores() - len(tasks))))
 
-    def next_step(self) -> Step | None:
+    def wait_for_step(self) -> bool:
         """
-        :return: the next step of all environments; None when all workers have finished and all steps were handed out
+        :return: whether there is a next step; False when all workers have finished and all steps were taken
         :raises WorkerDiedError: if a worker died
         :raises Exception: what a worker raised
         """
-        while (step := self._assembler.next_step(flush=self._all_done)) is None:
+        while not self._assembler.has_step(flush=self._all_done):
             if self._all_done:
-                return None
-            self._receive()
+                return False
+            try:
+                self._receive()
+            except Exception:
+                self._has_failed = True
+                raise
+        return True
+
+    def take_step(self) -> Step:
+        """
+        :return: the next step of all environments, which :meth:`wait_for_step` has promised
+        """
+        step = self._assembler.take_step()
         for env_index in self._assembler.take_used_up():
             worker = self._worker_of[env_index]
             if env_index == self._env_indices[worker][0]:  # its others' rollouts are used up with this one, or soon
@@ -172,27 +202,22 @@ class HogwildCollector:
             for worker in range(len(self._env_indices)):
                 self._workers.send(worker, Change(settings, normalization))
 
-    def drain(self) -> tuple[list[dict[str, Any]], npt.NDArray[np.bool_]]:
-        """
-        Let the workers learn no more, and take out what they did that no step has shown. Calls to the environments still
-        reach them.
-
-        :return: the infos of those transitions, and whether each ended an episode
-        """
+    def drain(self) -> None:
+        """Let the workers learn no more, and hear what they did last. Calls to the environments still reach them."""
         self._workers.request_stop()
-        while not self._all_done:
-            try:
-                if not self._receive(DRAIN_SECONDS):
-                    break
-            except Exception:
-                continue
+        self._receive_the_last(lambda: self._all_done)
+
+    def take_leftovers(self) -> tuple[list[dict[str, Any]], npt.NDArray[np.bool_]]:
+        """
+        :return: of the transitions that no step has shown the infos, and whether each ended an episode
+        """
         for waiting in self._statistics_of:
             while waiting:
                 self.statistics.add(waiting.popleft())
         return self._assembler.leftovers()
 
     def stop(self) -> None:
-        """End the workers and free what was used for them; the store stays readable."""
+        """End the workers and free what was used for them; the store and the leftovers stay readable."""
         if self._redirect is not None:
             self._redirect.remove()
             th.set_num_threads(self._n_threads)
@@ -201,16 +226,29 @@ class HogwildCollector:
             self._workers.request_stop()
             for worker in range(len(self._env_indices)):
                 self._workers.send(worker, Close())
-            video = any(isinstance(wrapper, VecVideoRecorder) for wrapper in wrappers(self._env))
-            while not self._workers.finished:
-                try:
-                    if not self._receive(VIDEO_SECONDS if video else DRAIN_SECONDS):
-                        break
-                except Exception:
-                    continue
+            self._receive_the_last(lambda: self._workers.finished)
         finally:
-            self._workers.stop()
-            self._take_environments_back()
+            try:
+                self._workers.stop()
+            finally:
+                self._take_environments_back()
+
+    def _receive_the_last(self, is_over: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + self._patience()
+        while not is_over() and (left := deadline - time.monotonic()) > 0:
+            try:
+                self._receive(left)
+            except Exception as error:  # by now, nothing can be done about it
+                if not self._has_failed:
+                    warnings.warn(f"At the end of training a worker failed: {type(error).__name__}: {error}", stacklevel=2)
+
+    def _patience(self) -> float:
+        """
+        Seconds that workers have for their last step. Those that save a video need more; and one that is stopped while the
+        process of a ``SubprocVecEnv`` makes a step leaves it with an answer that nobody waits for.
+        """
+        records = any(isinstance(wrapper, VecVideoRecorder) for wrapper in wrappers(self._env))
+        return LONG_PATIENCE if records or isinstance(self._env.unwrapped, SubprocVecEnv) else PATIENCE
 
     def _take_environments_back(self) -> None:
         continue_from(self._env, list(self._wrapper_counts.values()))
@@ -223,23 +261,26 @@ class HogwildCollector:
     def _all_done(self) -> bool:
         return len(self._done | self._workers.ended) == len(self._env_indices)
 
-    def _receive(self, timeout: float | None = None) -> bool:
-        """Take in what the workers have to say; False if that is nothing."""
-        messages = self._workers.receive(timeout)
-        for worker, message in messages:
-            match message:
-                case Progress(report, news):
-                    self._assembler.add(report)
-                    self._statistics_of[worker].append(report.statistics)
-                    self._spread(worker, news)
-                case Done():
-                    self._done.add(worker)
-                    for other in range(len(self._env_indices)):
-                        self._give_credit(other)  # who waits for credit must find out too that there is no more to do
-                case Farewell(news, counts):
-                    self._spread(worker, news)
-                    self._wrapper_counts[worker] = counts
-        return bool(messages)
+    def _receive(self, timeout: float | None = None) -> None:
+        """Wait for what the workers have to say, and take it in."""
+        self._workers.wait(timeout)
+        with uninterrupted():
+            for worker, message in self._workers.receive(timeout=0):
+                self._take_in(worker, message)
+
+    def _take_in(self, worker: int, message: Any) -> None:
+        match message:
+            case Progress(report, news):
+                self._assembler.add(report)
+                self._statistics_of[worker].append(report.statistics)
+                self._spread(worker, news)
+            case Done():
+                self._done.add(worker)
+                for other in range(len(self._env_indices)):
+                    self._give_credit(other)  # who waits for credit must find out too that there is no more to do
+            case Farewell(news, counts):
+                self._spread(worker, news)
+                self._wrapper_counts[worker] = counts
 
     def _spread(self, worker: int, news: News) -> None:
         """What a worker's ``VecNormalize`` saw goes into the user's, and to the other workers with their next credit."""
@@ -294,59 +335,3 @@ def _share_out(env: VecEnv, n_workers: int | None, first_reset: FirstReset) -> d
 def _n_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class _InProcess:
-    """The one worker of ``n_workers=0``: the same code, with random state and thread count of its own."""
-
-    def __init__(self, task: WorkerTask, env: VecEnv, store: ParameterStore) -> None:
-        self._stop = False
-        self.finished = False
-        self._random_state = _random_state()
-        with self._as_worker():
-            self._learner = ActorLearner(task, env, store, lambda: self._stop)
-
-    @property
-    def ended(self) -> set[int]:
-        return {0} if self.finished else set()
-
-    def receive(self, timeout: float | None = None) -> list[tuple[int, Any]]:
-        with self._as_worker():
-            report = self._learner.rollout()
-        self.finished = report is None
-        return [] if report is None else [(0, Progress(report, []))]
-
-    def send(self, index: int, message: Any) -> None:
-        if isinstance(message, Change):
-            self._learner.settings = message.settings
-
-    def ask(self, requests: Mapping[int, Any]) -> dict[int, Any]:
-        raise NotImplementedError("the user's environments are the worker's")
-
-    def request_stop(self) -> None:
-        self._stop = True
-
-    def stop(self) -> None:
-        self._stop = self.finished = True
-
-    @contextlib.contextmanager
-    def _as_worker(self) -> Iterator[None]:
-        n_threads, outside = th.get_num_threads(), _random_state()
-        th.set_num_threads(1)
-        _set_random_state(self._random_state)
-        try:
-            yield
-        finally:
-            self._random_state = _random_state()
-            _set_random_state(outside)
-            th.set_num_threads(n_threads)
-
-
-def _random_state() -> tuple[Any, Any, th.Tensor]:
-    return random.getstate(), np.random.get_state(), th.get_rng_state()
-
-
-def _set_random_state(state: tuple[Any, Any, th.Tensor]) -> None:
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    th.set_rng_state(state[2])

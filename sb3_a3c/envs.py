@@ -105,10 +105,22 @@ def begin_episodes(env: VecEnv, first_reset: FirstReset) -> VecEnv:
     base._options = list(first_reset.options)
     # EpisodicLifeEnv would answer a reset in mid-game with a no-op step in the old game, and ignore the seed; Monitor may
     # forbid resets in mid-episode
-    for wrapper, attribute in ((EpisodicLifeEnv, "was_real_done"), (Monitor, "needs_reset")):
-        indices = [i for i, wrapped in enumerate(base.env_is_wrapped(wrapper)) if wrapped]
-        base.env_method("set_wrapper_attr", attribute, True, indices=indices)
+    for kind, attribute in ((EpisodicLifeEnv, "was_real_done"), (Monitor, "needs_reset")):
+        _set_in_wrapper(base, kind, attribute, True)
     return env
+
+
+def _set_in_wrapper(base: VecEnv, kind: type[gym.Wrapper[Any, Any, Any, Any]], attribute: str, value: Any) -> None:
+    """Wherever an environment has a wrapper of that kind, set an attribute of it."""
+    if isinstance(base, DummyVecEnv):
+        for single in base.envs:
+            wrapper = unwrap_wrapper(single, kind)
+            if wrapper is not None:
+                setattr(wrapper, attribute, value)
+        return
+    with contextlib.suppress(AttributeError, NotImplementedError):  # VecEnv classes of others need not know such calls
+        indices = [i for i, wrapped in enumerate(base.env_is_wrapped(kind)) if wrapped]
+        base.env_method("set_wrapper_attr", attribute, value, indices=indices)
 
 
 @contextlib.contextmanager
@@ -127,6 +139,17 @@ def unobserved(env: VecEnv) -> Iterator[None]:
                 stack.callback(setattr, wrapper, "record_video_trigger", wrapper.record_video_trigger)
                 wrapper.record_video_trigger = lambda _: False
         yield
+
+
+def finish_videos(env: VecEnv) -> None:
+    """
+    Save what recorders have recorded of the user's environments so far: the workers' will go on elsewhere.
+
+    :param env: the user's vectorised environment
+    """
+    for wrapper in wrappers(env):
+        if isinstance(wrapper, VecVideoRecorder) and wrapper.recording:
+            wrapper._stop_recording()
 
 
 def deal(n_envs: int, n_workers: int) -> list[tuple[int, ...]]:

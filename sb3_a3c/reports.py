@@ -99,16 +99,21 @@ class StepAssembler:
                 end = (column, report.last_obs) if t == n_steps - 1 else None
                 queue.append(_Transition(env_index, rewards[t], dones[t], info, report.actions[t, column], end))
 
-    def next_step(self, flush: bool = False) -> Step | None:
+    def has_step(self, flush: bool = False) -> bool:
         """
         :param flush: no more reports will come: form steps from whatever is there
-        :return: the next step, or None where more reports are needed (with ``flush``: fewer than ``n_envs`` transitions
-            are left)
+        :return: whether there is a next step; if not, more reports are needed (with ``flush``: fewer than ``n_envs``
+            transitions are left)
         """
-        if not all(self._queues):
-            enough = flush or max(self._n_rollouts) >= self.max_rollouts
-            if not enough or sum(len(queue) for queue in self._queues) < self.n_envs:
-                return None
+        if all(self._queues):
+            return True
+        enough = flush or max(self._n_rollouts) >= self.max_rollouts
+        return enough and sum(len(queue) for queue in self._queues) >= self.n_envs
+
+    def take_step(self) -> Step:
+        """
+        :return: the next step, which :meth:`has_step` has promised
+        """
         row = []
         for queue in self._queues:
             source = queue or max(self._queues, key=len)

@@ -3,8 +3,8 @@ A ``SubprocVecEnv`` lent to workers. The processes of its environments stay the 
 slice of them over the user's own pipes, and the user goes on with them afterwards.
 """
 
+import contextlib
 import copy
-import pickle
 import secrets
 import time
 import warnings
@@ -52,13 +52,11 @@ def take_back(env: SubprocVecEnv, indices: Iterable[int]) -> None:
 
 
 def _answers(remote: Any, mark: str, deadline: float) -> bool:
-    try:
+    with contextlib.suppress(Exception):  # its process is gone, or its last answer was read by half: anything may come
         remote.send(("set_attr", ("_a3c_mark", mark)))
         remote.send(("get_attr", "_a3c_mark"))
         while remote.poll(max(0.0, deadline - time.monotonic())):
             answer = remote.recv()
             if isinstance(answer, str) and answer == mark:
                 return True
-    except (OSError, EOFError, pickle.UnpicklingError):  # its process is gone, or its last answer was read by half
-        pass
     return False

@@ -31,6 +31,7 @@ import torch as th
 
 from sb3_a3c.channel import Answer, Finished, Pipe, Raised, Request, Warned, dumps, worker_process
 from sb3_a3c.errors import WorkerDiedError, WorkerTracebackError
+from sb3_a3c.interrupts import uninterrupted
 from sb3_a3c.launcher import prepared_start, process_context
 
 #: Seconds that a worker is given to end by itself, and then to follow SIGTERM, before it is killed.
@@ -109,20 +110,30 @@ class Supervisor:
         """Process ids, in order of the arguments."""
         return [process.pid or -1 for process in self._processes]
 
-    def receive(self, timeout: float | None = None) -> list[tuple[int, Any]]:
+    def wait(self, timeout: float | None = None) -> None:
         """
         Wait until at least one message has come, or all workers have finished.
 
         :param timeout: seconds to wait at most
-        :return: (index of the worker, message), those of one worker in order; empty after the timeout or at the end
-        :raises WorkerDiedError: if a worker ended without having finished
-        :raises BaseException: what a worker raised
+        :raises WorkerDiedError: if a worker ended without having finished, and all that others had sent before was received
+        :raises BaseException: what a worker raised, likewise
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._received and not self.finished:
-            self._raise_failures()  # only now: what others had sent before must not be lost
+            if self._failures:
+                raise self._failures.pop(0)
             if not self._listen(None if deadline is None else max(0.0, deadline - time.monotonic())):
                 break
+
+    def receive(self, timeout: float | None = None) -> list[tuple[int, Any]]:
+        """
+        :meth:`wait`, and take what has come.
+
+        :param timeout: seconds to wait at most
+        :return: (index of the worker, message), those of one worker in order; empty after the timeout or at the end
+        :raises BaseException: as :meth:`wait`
+        """
+        self.wait(timeout)
         received, self._received = self._received, []
         return received
 
@@ -143,16 +154,17 @@ class Supervisor:
 
         :param requests: for each worker asked its message
         :return: for each its answer
-        :raises WorkerDiedError: if a worker ended without having finished
+        :raises WorkerDiedError: if a worker ended without having finished; :meth:`receive` will say so too
         :raises RuntimeError: if a worker that was asked has finished
-        :raises BaseException: what a worker raised, also instead of an answer; then after all have answered
+        :raises BaseException: what a worker raised; :meth:`receive` will say so too. Or instead of an answer
         """
         number = next(self._request_numbers)
         for index, content in requests.items():
             self._answers.pop(index, None)
             self.send(index, Request(number, dumps(content)))
         while waiting := {i for i in requests if i not in self._answers or self._answers[i].number != number}:
-            self._raise_failures()
+            if self._failures:
+                raise self._failures[0]
             if waiting & self._ended:
                 raise RuntimeError(f"Worker {min(waiting & self._ended)} has finished and can't answer any more")
             self._listen(None)
@@ -209,29 +221,23 @@ class Supervisor:
     def _listen(self, timeout: float | None) -> bool:
         """Take in what comes next, from all that have something to say; False if nothing came in time."""
         ready = connection.wait([*self._pipes, *self._sentinels()], timeout)
-        for pipe in [pipe for pipe in self._pipes if pipe in ready]:
-            self._read(pipe)
-        for index, process in enumerate(self._processes):
-            if process.sentinel in ready and index not in self._ended:
-                self._bury(index, process)
+        with uninterrupted():
+            for pipe in [pipe for pipe in self._pipes if pipe in ready]:
+                self._read(pipe)
+            for index, process in enumerate(self._processes):
+                if process.sentinel in ready and index not in self._ended:
+                    self._bury(index, process)
         return bool(ready)
-
-    def _raise_failures(self) -> None:
-        if self._failures:
-            raise self._failures.pop(0)
 
     def _read(self, pipe: "Pipe[Any, Any]") -> None:
         """Take in the next message of a pipe that is ready; none at its end."""
         index = self._pipes[pipe]
         data = b""
-        try:
+        with contextlib.suppress(EOFError, OSError):  # the latter if the worker was killed in mid-message
             data = pipe.recv_bytes()
-        except (EOFError, OSError):  # the latter if the worker was killed in mid-message
-            pass
-        finally:  # at its end, or cut by Ctrl-C: nothing that follows could be understood
-            if not data:
-                pipe.close()
-                del self._pipes[pipe]
+        if not data:  # its end
+            pipe.close()
+            del self._pipes[pipe]
         message = pickle.loads(data) if data else None
         if isinstance(message, Finished):
             self._ended.add(index)

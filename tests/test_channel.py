@@ -276,6 +276,8 @@ def test_an_exception_at_a_message_that_wants_no_answer_ends_the_worker(start: S
     with pytest.raises(KeyError, match="the seventh key") as caught:
         supervisor.ask({0: my_pid})
     assert isinstance(caught.value.__cause__, WorkerTracebackError)
+    with pytest.raises(KeyError, match="the seventh key"):
+        supervisor.receive()  # whoever swallowed it there can't miss it here
     with pytest.raises(RuntimeError, match="Worker 0 has finished"):
         supervisor.ask({0: my_pid})
 
@@ -317,6 +319,8 @@ def test_asking_a_killed_worker_says_so_at_once(when: str, start: Start) -> None
     with pytest.raises(WorkerDiedError, match="Worker 1 was killed by SIGKILL"):
         supervisor.ask({0: partial(give, "old"), 1: partial(give, "old") if when == "before" else die})
     assert time.monotonic() - began < 3
+    with pytest.raises(WorkerDiedError, match="Worker 1 was killed by SIGKILL"):
+        supervisor.receive()
     assert supervisor.ask({0: partial(give, "new")}) == {0: "new"}
 
 

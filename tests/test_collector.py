@@ -80,12 +80,13 @@ def test_every_transition_is_seen_once_and_in_order(n_workers: int) -> None:
     seen: dict[int, list[int]] = {i: [] for i in range(5)}
     n_seen = 0
     try:
-        while (step := collector.next_step()) is not None:
+        while collector.wait_for_step():
+            step = collector.take_step()
             assert step.rewards.shape == step.dones.shape == step.actions.shape == (5,)
             n_seen += 5
             for info in step.infos:
                 seen[info["env_index"]].append(info["n_steps"])
-        infos, dones = collector.drain()
+        infos, dones = collector.take_leftovers()
     finally:
         collector.stop()
     for info in infos:
@@ -110,7 +111,8 @@ def test_in_this_process_the_outside_keeps_its_random_state_and_threads() -> Non
         collector = make_collector(env, 0, 1000)
         random.seed(1), np.random.seed(2), th.manual_seed(3)
         for _ in range(30):
-            assert collector.next_step() is not None
+            assert collector.wait_for_step()
+            collector.take_step()
         assert outside() == model_free
         collector.stop()
     finally:
@@ -123,7 +125,7 @@ def test_environments_that_cannot_be_sent_stay_in_this_process_with_one_warning(
     with pytest.warns(UserWarning, match=r"A3C trains in this process, as with n_workers=0.*can't be sent") as caught:
         collector = make_collector(env, None, 100)
     assert len(caught) == 1
-    assert collector.next_step() is not None
+    assert collector.wait_for_step()
     collector.stop()
     with pytest.raises(ValueError, match=r"can't be sent to worker processes.*n_workers=0"):
         make_collector(env, 2, 100)
@@ -131,8 +133,9 @@ def test_environments_that_cannot_be_sent_stay_in_this_process_with_one_warning(
 
 def test_statistics_cover_all_that_was_learned() -> None:
     collector = make_collector(counting_env(4), 2, 400, n_steps=10)
-    while collector.next_step() is not None:
-        pass
+    while collector.wait_for_step():
+        collector.take_step()
+    collector.take_leftovers()
     collector.stop()
     statistics = collector.statistics.pop()
     assert statistics["train/skipped_updates"] == 0

@@ -462,6 +462,31 @@ def test_a_monitor_that_forbids_early_resets_is_no_obstacle(pickled: bool) -> No
     (split(env, [(0,)], [1])[0].open() if pickled else begin(env, [1])).reset()
 
 
+class Foreign(VecEnv):
+    """A VecEnv that knows nothing of wrappers, like those of some simulators"""
+
+    def __init__(self, inside: VecEnv) -> None:
+        self.inside = inside
+        super().__init__(inside.num_envs, inside.observation_space, inside.action_space)
+
+    def reset(self) -> Any:
+        self.inside._seeds = self._seeds
+        return self.inside.reset()
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return self.inside.get_attr(attr_name, indices)
+
+    def _unknown(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+    step_async = step_wait = set_attr = env_method = env_is_wrapped = close = _unknown
+
+
+def test_vec_envs_that_know_nothing_of_wrappers_begin_episodes_too() -> None:
+    first = parts(begin(dice(2), [1, 2]).reset())
+    assert_same(begin(Foreign(dice(2)), [1, 2]).reset(), first)
+
+
 # --- clones ---
 
 

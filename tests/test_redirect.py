@@ -1,5 +1,8 @@
 """``training_env`` while workers run: the user's own object reaches the environments that train."""
 
+import contextlib
+import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack
 
-from sb3_a3c import A3C, WorkerTracebackError
+from sb3_a3c import A3C, WorkerDiedError, WorkerTracebackError
 
 
 class Ladder(gym.Env[Any, Any]):
@@ -223,3 +226,31 @@ def test_options_of_the_next_reset_reach_the_workers_environments_once(n_workers
     assert first.results == [[{"map": 0}, {"map": 1}, {"map": 2}, {"map": 3}]] * 2
     model.learn(100, callback=second, reset_num_timesteps=False)
     assert second.results == [[None] * 4] * 2
+
+
+def test_a_callback_that_catches_the_death_of_a_worker_does_not_hide_it() -> None:
+    def ask(local: dict[str, Any], _: dict[str, Any]) -> bool:
+        model = local["self"]
+        if model.num_timesteps == 4:
+            os.kill(model._collector._workers.pids[0], signal.SIGKILL)
+        with contextlib.suppress(WorkerDiedError):
+            model.get_env().get_attr("level")
+        return True
+
+    with pytest.raises(WorkerDiedError, match="Worker 0 was killed by SIGKILL"):
+        A3C("MlpPolicy", ladders(DummyVecEnv), n_workers=2, n_steps=5).learn(2000, callback=ask)
+
+
+def test_what_can_not_be_done_while_workers_run_says_so() -> None:
+    env = ladders(DummyVecEnv)
+    model = A3C("MlpPolicy", env, n_workers=2)
+
+    def try_all(_: VecEnv) -> None:
+        with pytest.raises(RuntimeError, match="learning already"):
+            model.learn(100)
+        with pytest.raises(RuntimeError, match="Call `set_env` after `learn`"):
+            model.set_env(ladders(DummyVecEnv))
+
+    assert model.learn(400, callback=At(10, try_all)).num_timesteps == 400
+    model.set_env(ladders(DummyVecEnv))
+    model.learn(40)

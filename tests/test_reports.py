@@ -70,20 +70,20 @@ def rows(step: Step | None) -> list[tuple[int, int]]:
 
 def all_steps(steps: StepAssembler, flush: bool = False) -> list[list[tuple[int, int]]]:
     found = []
-    while (step := steps.next_step(flush)) is not None:
-        found.append(rows(step))
+    while steps.has_step(flush):
+        found.append(rows(steps.take_step()))
     return found
 
 
 def test_rows_are_the_environments_in_order_while_workers_keep_pace() -> None:
     steps = assembler(n_envs=2, max_rollouts=2)
-    assert steps.next_step() is None
+    assert not steps.has_step()
     steps.add(report([0], 0, 2))
-    assert steps.next_step() is None
+    assert not steps.has_step()
     steps.add(report([1], 0, 2))
     assert all_steps(steps) == [[(0, 0), (1, 0)], [(0, 1), (1, 1)]]
     steps.add(report([1], 2, 2))
-    assert steps.next_step() is None
+    assert not steps.has_step()
     steps.add(report([0], 2, 2))
     assert all_steps(steps) == [[(0, 2), (1, 2)], [(0, 3), (1, 3)]]
 
@@ -97,7 +97,7 @@ def test_one_worker_may_have_all_environments() -> None:
 def test_workers_may_have_different_numbers_of_environments() -> None:
     steps = assembler(n_envs=5, max_rollouts=2)
     steps.add(report([3, 4], 0, 2))
-    assert steps.next_step() is None
+    assert not steps.has_step()
     steps.add(report([0, 1, 2], 0, 2))
     assert all_steps(steps) == [[(env, time) for env in range(5)] for time in range(2)]
 
@@ -106,18 +106,18 @@ def test_a_fast_workers_transitions_fill_the_others_rows_only_at_the_largest_bac
     steps = assembler(n_envs=2, max_rollouts=3)
     steps.add(report([0], 0, 2))
     steps.add(report([0], 2, 1))
-    assert steps.next_step() is None
+    assert not steps.has_step()
     steps.add(report([0], 3, 3))
     # a rollout that is begun counts as waiting: it takes two steps until there are fewer than three
-    assert rows(steps.next_step()) == [(0, 0), (0, 1)]
-    assert steps.next_step() is None
+    assert rows(steps.take_step()) == [(0, 0), (0, 1)]
+    assert not steps.has_step()
     steps.add(report([0], 6, 1))
-    assert rows(steps.next_step()) == [(0, 2), (0, 3)]
-    assert steps.next_step() is None
+    assert rows(steps.take_step()) == [(0, 2), (0, 3)]
+    assert not steps.has_step()
     # the laggard's own row is its own again as soon as it reports
     steps.add(report([1], 0, 1))
-    assert rows(steps.next_step()) == [(0, 4), (1, 0)]
-    assert steps.next_step() is None
+    assert rows(steps.take_step()) == [(0, 4), (1, 0)]
+    assert not steps.has_step()
     assert steps.take_used_up() == [0, 0, 1]
     assert steps.take_used_up() == []
 
@@ -127,16 +127,16 @@ def test_only_the_rows_of_laggards_are_filled() -> None:
     steps.add(report([1], 0, 1))
     steps.add(report([3], 0, 3))
     # environment 1 in its own row, and environment 3 in those of 0 and 2 and in its own
-    assert rows(steps.next_step()) == [(3, 0), (1, 0), (3, 1), (3, 2)]
+    assert rows(steps.take_step()) == [(3, 0), (1, 0), (3, 1), (3, 2)]
 
 
 def test_there_is_no_step_of_too_few_transitions_even_at_the_largest_backlog() -> None:
     steps = assembler(n_envs=4, max_rollouts=1)
     steps.add(report([2], 0, 3))
-    assert steps.next_step() is None
-    assert steps.next_step(flush=True) is None
+    assert not steps.has_step()
+    assert not steps.has_step(flush=True)
     steps.add(report([2], 3, 1))
-    assert rows(steps.next_step()) == [(2, 0), (2, 1), (2, 2), (2, 3)]
+    assert rows(steps.take_step()) == [(2, 0), (2, 1), (2, 2), (2, 3)]
 
 
 def test_flush_makes_steps_of_whatever_is_there() -> None:
@@ -159,7 +159,7 @@ def test_leftovers_are_taken_out_once() -> None:
     assert infos == []
     assert dones.shape == (0,)
     assert dones.dtype == bool
-    assert steps.next_step(flush=True) is None
+    assert not steps.has_step(flush=True)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -201,7 +201,8 @@ def test_rows_are_in_order_whenever_every_environment_has_something_to_show(seed
         steps.add(report([env], 2 * rollouts[env], 2))
         rollouts[env] += 1
         waiting[env] += 2
-        while (step := steps.next_step()) is not None:
+        while steps.has_step():
+            step = steps.take_step()
             shown = [row[0] for row in rows(step)]
             in_order = all(waiting)
             assert (shown == [0, 1, 2]) == in_order
@@ -233,11 +234,12 @@ def test_new_obs_is_exact_at_the_last_step_of_a_rollout(dictionary: bool) -> Non
     steps.add(report([0], 0, 4, dictionary))
     shown = []
     for _ in range(2):
-        step = steps.next_step()
+        step = steps.take_step()
         assert step is not None
         shown.append(step.new_obs)
     steps.add(report([1, 2], 2, 2, dictionary))
-    while (step := steps.next_step()) is not None:
+    while steps.has_step():
+        step = steps.take_step()
         shown.append(step.new_obs)
     start = [obs_after(env, -1) for env in range(3)]
     # compared at the end: later steps must not have touched what was handed out before
@@ -254,7 +256,7 @@ def test_new_obs_is_by_environment_also_where_rows_are_filled(dictionary: bool) 
     steps.add(report([1], 0, 1, dictionary))
     steps.add(report([1], 1, 1, dictionary))
     steps.add(report([1], 2, 2, dictionary))
-    step = steps.next_step()
+    step = steps.take_step()
     assert rows(step) == [(1, 0), (1, 1)]
     assert step is not None
     # row 0 shows environment 1, but row 0 of the observations stays environment 0's; the later of two rollouts counts

@@ -12,7 +12,7 @@ import pytest
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
-from sb3_a3c import A3C, WorkerDiedError, subproc
+from sb3_a3c import A3C, WorkerDiedError, collector, subproc
 
 
 class Slow(gym.Env[Any, Any]):
@@ -46,6 +46,10 @@ def kill_second_worker(local: dict[str, Any], _: dict[str, Any]) -> bool:
     return True
 
 
+def interrupt(*_: Any) -> bool:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.timeout(60)
 def test_after_a_worker_died_in_mid_step_the_environments_are_in_step_again(env: SubprocVecEnv) -> None:
     model = A3C("MlpPolicy", env, n_workers=2, n_steps=2)
@@ -57,6 +61,21 @@ def test_after_a_worker_died_in_mid_step_the_environments_are_in_step_again(env:
     assert env.get_attr("seconds") == [0.3] * 4
     model.learn(8)
     assert model.num_timesteps == 8
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_is_stopped_in_mid_step_may_finish_it(env: SubprocVecEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collector, "PATIENCE", 0.01)
+    model = A3C("MlpPolicy", env, n_workers=2, n_steps=2)
+    for callback in (lambda *_: False, interrupt):
+        if callback is interrupt:
+            with pytest.raises(KeyboardInterrupt):
+                model.learn(1000, callback=interrupt)
+        else:
+            model.learn(1000, callback=callback)
+        for pipe in env.remotes:
+            assert not pipe.poll()
+        assert env.reset().tolist() == [[0]] * 4  # type: ignore[union-attr]
 
 
 @pytest.mark.timeout(60)

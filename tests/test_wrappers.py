@@ -267,3 +267,15 @@ def test_videos_are_recorded_once_and_go_on_in_a_second_call(recorded: tuple[Vec
     expected = [grey for row in greys for grey in row]
     assert len(found) == len(expected)
     assert found == pytest.approx(expected, abs=6)
+
+
+def test_a_video_begun_before_training_is_saved_first(tmp_path: Path) -> None:
+    env = VecVideoRecorder(clocks(), str(tmp_path), lambda step: step == 0, video_length=20)
+    env.reset()
+    for _ in range(5):
+        env.step(np.zeros(4, dtype=int))
+    A3C("MlpPolicy", env, n_workers=2).learn(100)
+    assert not env.recording
+    (video,) = tmp_path.iterdir()
+    assert len(frames(video)) in (5, 6)  # moviepy rounds
+    env.close()

@@ -1,0 +1,93 @@
+"""The one worker of ``n_workers=0``: the same actor-learner in this very process, for debuggers and notebooks."""
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_a3c.service import Change, Progress
+from sb3_a3c.shared import ParameterStore
+from sb3_a3c.worker import ActorLearner, WorkerTask
+
+
+class InProcessWorker:
+    """
+    Stands in for a ``Supervisor`` of one worker: to wait for it is to let it make its next rollout. It has random state
+    and thread count of its own.
+
+    :param task: what to do
+    :param env: the user's environments, which begin new episodes at their next reset
+    :param store: the parameters, in private memory
+    """
+
+    def __init__(self, task: WorkerTask, env: VecEnv, store: ParameterStore) -> None:
+        self._stop = False
+        self.finished = False
+        self._received: list[tuple[int, Any]] = []
+        self._random_state = _random_state()
+        with self._as_worker():
+            self._learner = ActorLearner(task, env, store, lambda: self._stop)
+
+    @property
+    def ended(self) -> set[int]:
+        """As :attr:`Supervisor.ended`."""
+        return {0} if self.finished else set()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """As :meth:`Supervisor.wait`: make the next rollout. Ctrl-C interrupts it."""
+        if self._received or self.finished:
+            return
+        with self._as_worker():
+            report = self._learner.rollout()
+        if report is None:
+            self.finished = True
+        else:
+            self._received.append((0, Progress(report, [])))
+
+    def receive(self, timeout: float | None = None) -> list[tuple[int, Any]]:
+        """Take what :meth:`wait` has made."""
+        received, self._received = self._received, []
+        return received
+
+    def send(self, index: int, message: Any) -> None:
+        """As :meth:`Supervisor.send`."""
+        if isinstance(message, Change):
+            self._learner.settings = message.settings  # the VecNormalize is the user's own
+
+    def ask(self, requests: Mapping[int, Any]) -> dict[int, Any]:
+        """Never called: the user's environments are the worker's."""
+        raise NotImplementedError
+
+    def request_stop(self) -> None:
+        """As :meth:`Supervisor.request_stop`."""
+        self._stop = True
+
+    def stop(self) -> None:
+        """As :meth:`Supervisor.stop`."""
+        self._stop = self.finished = True
+
+    @contextlib.contextmanager
+    def _as_worker(self) -> Iterator[None]:
+        n_threads, outside = th.get_num_threads(), _random_state()
+        th.set_num_threads(1)
+        _set_random_state(self._random_state)
+        try:
+            yield
+        finally:
+            self._random_state = _random_state()
+            _set_random_state(outside)
+            th.set_num_threads(n_threads)
+
+
+def _random_state() -> tuple[Any, Any, th.Tensor]:
+    return random.getstate(), np.random.get_state(), th.get_rng_state()
+
+
+def _set_random_state(state: tuple[Any, Any, th.Tensor]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    th.set_rng_state(state[2])
