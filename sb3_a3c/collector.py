@@ -147,19 +147,22 @@ class HogwildCollector:
             return
         finish_videos(env)
         arguments = []
-        for task, (indices, share) in zip(tasks, shares.items(), strict=True):
+        for task, share in zip(tasks, shares.values(), strict=True):
             # with short rollouts, one worker's must be able to fill a whole step
-            credit = MAX_ROLLOUTS_WAITING + 1 + n_envs // (settings.n_steps * len(indices))
+            credit = MAX_ROLLOUTS_WAITING + 1 + n_envs // (settings.n_steps * len(task.env_indices))
             arguments.append((self.store, share, credit, cloudpickle.dumps(task)))
         self._workers = Supervisor(run_worker, arguments, start_method, PRELOAD)
+        self._start_processes(self._workers)
+
+    def _start_processes(self, supervisor: Supervisor) -> None:
         try:
-            self._workers.start()
+            supervisor.start()
         except BaseException:
             self._take_environments_back()  # those that have started may have begun to step them
             raise
-        self._redirect = Redirect(env, self._call_envs)
+        self._redirect = Redirect(self._env, self._call_envs)
         # the cores are the workers': a second thread here would wait for one of them, and the first for the second
-        th.set_num_threads(max(1, min(self._n_threads, _n_cores() - len(tasks))))
+        th.set_num_threads(max(1, min(self._n_threads, _n_cores() - len(self._env_indices))))
 
     def wait_for_step(self) -> bool:
         """
