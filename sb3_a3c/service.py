@@ -8,8 +8,8 @@ Who says what, over the channel of ``supervisor``::
       Change      new hyper-parameters                   ─────►   from the next rollout on
       EnvCall     a method of the environments           ─────►   answered with what it returns, or raises
       Close       learning is over                       ─────►   Farewell, and the process ends
-                                                         ◄─────   Report, once a rollout
-                                                         ◄─────   Done, after the last rollout
+                                                         ◄─────   Progress (a report), once a rollout
+                                                         ◄─────   Done, after the last rollout; from then on it only serves
 
 A worker begins with some credit and spends one for each report. Without credit it waits, and serves meanwhile: so it runs
 ahead of the callbacks by so many rollouts at most, and a call to the environments never waits for a callback.
@@ -21,7 +21,6 @@ import pickle
 from typing import Any, NamedTuple
 
 import torch as th
-from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.channel import WorkerChannel
 from sb3_a3c.envs import EnvShare, WrapperCounts, wrapper_counts
@@ -98,16 +97,6 @@ def run_worker(channel: WorkerChannel, store: ParameterStore, share: EnvShare, c
         env.close()
 
 
-def call_env(env: VecEnv, call: EnvCall) -> Any:
-    """
-    :param env: a worker's environments
-    :param call: what to call
-    :return: what the call returned
-    """
-    indices = {} if call.indices is None else {"indices": call.indices}
-    return getattr(env.unwrapped, call.method)(*call.args, **indices, **call.kwargs)
-
-
 class _Service:
     """Rollouts, and what is served between them."""
 
@@ -139,6 +128,10 @@ class _Service:
                 return True
         return False
 
+    def _call_env(self, call: EnvCall) -> Any:
+        indices = {} if call.indices is None else {"indices": call.indices}
+        return getattr(self.env.unwrapped, call.method)(*call.args, **indices, **call.kwargs)
+
     def _handle(self, message: Any) -> Any:
         match message:
             case Credit(news):
@@ -148,7 +141,7 @@ class _Service:
                 self.learner.settings = settings
                 set_options(self.env, normalization)
             case EnvCall():
-                return call_env(self.env, message)
+                return self._call_env(message)
             case Close():
                 self.closing = True
         return None
