@@ -27,6 +27,10 @@ from torch import nn
 #: Hidden and cell state, each (n_lstm_layers, n_envs, lstm_hidden_size); empty for a policy without memory.
 LstmState = tuple[th.Tensor, ...]
 
+#: So many images go through the convolutions at once: what a layer has computed is then still in the processor's cache when
+#: the next layer, or the backward pass, wants it.
+IMAGES_AT_ONCE = 40
+
 MlpPolicy = ActorCriticPolicy
 CnnPolicy = ActorCriticCnnPolicy
 MultiInputPolicy = MultiInputActorCriticPolicy
@@ -123,8 +127,7 @@ class BabyCNN(BaseFeaturesExtractor):
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         # (batch, n_channels, height, width) -> (batch, features_dim)
-        features: th.Tensor = self.cnn(observations)
-        return features
+        return th.cat([self.cnn(images) for images in th.split(observations, IMAGES_AT_ONCE)])
 
 
 class LstmActorCriticPolicy(ActorCriticPolicy):

@@ -21,6 +21,7 @@ import pickle
 from typing import Any, NamedTuple
 
 import torch as th
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.channel import WorkerChannel
 from sb3_a3c.envs import EnvShare, WrapperCounts, wrapper_counts
@@ -88,13 +89,24 @@ def run_worker(channel: WorkerChannel, store: ParameterStore, share: EnvShare, c
     :param task: a pickled :class:`WorkerTask`
     """
     th.set_num_threads(1)  # as many learners as cores: more threads would only fight
-    _keep_freed_memory()
+    keep_freed_memory()
     env = share.open()
     try:
         keep_news(env)
         _Service(channel, ActorLearner(pickle.loads(task), env, store, channel.stopped), credit).run()
     finally:
         env.close()
+
+
+def call_env(env: VecEnv, call: EnvCall) -> Any:
+    """
+    :param env: a worker's environments
+    :param call: what to call
+    :return: what the call returned
+    """
+    indices = {} if call.indices is None else {"indices": call.indices}
+    # of the innermost VecEnv: the main process's wrappers have passed the call on already
+    return getattr(env.unwrapped, call.method)(*call.args, **indices, **call.kwargs)
 
 
 class _Service:
@@ -128,10 +140,6 @@ class _Service:
                 return True
         return False
 
-    def _call_env(self, call: EnvCall) -> Any:
-        indices = {} if call.indices is None else {"indices": call.indices}
-        return getattr(self.env.unwrapped, call.method)(*call.args, **indices, **call.kwargs)
-
     def _handle(self, message: Any) -> Any:
         match message:
             case Credit(news):
@@ -141,13 +149,13 @@ class _Service:
                 self.learner.settings = settings
                 set_options(self.env, normalization)
             case EnvCall():
-                return self._call_env(message)
+                return call_env(self.env, message)
             case Close():
                 self.closing = True
         return None
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """
     Let glibc keep the megabytes that a convolution frees, instead of giving them back to the kernel and having every page
     of them cleared again at the next call: that costs a third of the learning time. Elsewhere this does nothing.

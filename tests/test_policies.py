@@ -14,7 +14,7 @@ from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_a3c import CnnLstmPolicy, MlpLstmPolicy, MultiInputLstmPolicy
-from sb3_a3c.policies import BabyCNN, LstmActorCriticPolicy, LstmState, as_recurrent, to_env_actions
+from sb3_a3c.policies import IMAGES_AT_ONCE, BabyCNN, LstmActorCriticPolicy, LstmState, as_recurrent, to_env_actions
 
 VECTOR = spaces.Box(-np.inf, np.inf, (3,))
 IMAGE = spaces.Box(0, 255, (1, 84, 84), dtype=np.uint8)
@@ -352,6 +352,20 @@ def test_baby_cnn_makes_1152_features_of_an_84x84_image(n_channels: int) -> None
 def test_baby_cnn_takes_images_of_any_size(height: int, width: int) -> None:
     extractor = BabyCNN(spaces.Box(0, 255, (3, height, width), dtype=np.uint8))
     assert extractor(th.zeros(1, 3, height, width)).shape == (1, extractor.features_dim)
+
+
+@pytest.mark.parametrize("n_images", [IMAGES_AT_ONCE - 1, IMAGES_AT_ONCE, 2 * IMAGES_AT_ONCE + 3])
+def test_a_batch_that_is_too_large_for_the_cache_is_the_same_in_slices(n_images: int) -> None:
+    extractor = BabyCNN(spaces.Box(0, 255, (1, 20, 20), dtype=np.uint8)).double()
+    images = th.rand(n_images, 1, 20, 20, dtype=th.float64)
+    weights = th.rand(n_images, extractor.features_dim, dtype=th.float64)
+    gradients = []
+    for features in (extractor(images), extractor.cnn(images)):
+        assert features.shape == weights.shape
+        gradients.append(th.autograd.grad((features * weights).sum(), list(extractor.parameters())))
+    assert th.allclose(extractor(images), extractor.cnn(images), rtol=1e-12)
+    for sliced, whole in zip(*gradients, strict=True):
+        assert th.allclose(sliced, whole, rtol=1e-10)
 
 
 @pytest.mark.parametrize("space", [VECTOR, spaces.Box(0, 255, (84, 84), dtype=np.uint8), CHOICE, DICT])

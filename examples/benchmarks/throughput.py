@@ -1,0 +1,230 @@
+"""
+Environment steps per second on Atari games: A3C, and what one would use instead, on the same cores.
+
+    python examples/benchmarks/throughput.py [--games Pong Breakout] [--seconds 20] [--repetitions 3]
+
+A step is one decision of the agent (four emulator frames). Every measurement is a process of its own; the repetitions
+alternate between the contestants, and medians are reported. Rates start after a warm-up and cover whole rollouts. Leave
+the machine alone meanwhile.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch as th
+from classic_a3c import classic_steps_per_second
+from sb3_contrib import RecurrentPPO
+from stable_baselines3 import A2C
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.vec_env import SubprocVecEnv
+
+from sb3_a3c import A3C
+from sb3_a3c.policies import CnnLstmPolicy
+from sb3_a3c.service import keep_freed_memory
+
+gym.register_envs(ale_py)
+
+N_ENVS = 16
+WARM_UP = 2000  # steps that are not timed
+Result = dict[str, float]
+
+
+class Clock(BaseCallback):
+    """Times whole rollouts, from the first that begins after the warm-up, for so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.marks: list[tuple[float, int]] = []
+
+    def _on_rollout_start(self) -> None:
+        if self.model.num_timesteps >= WARM_UP:
+            self.marks.append((time.perf_counter(), self.model.num_timesteps))
+
+    def _on_step(self) -> bool:
+        return len(self.marks) < 2 or self.marks[-1][0] - self.marks[0][0] < self.seconds
+
+    @property
+    def steps_per_second(self) -> float:
+        (begin, steps_before), (end, steps) = self.marks[0], self.marks[-1]
+        return (steps - steps_before) / (end - begin)
+
+
+class LastValues(KVWriter):
+    """Keeps what was logged last."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        self.values.update(key_values)
+
+    def close(self) -> None:
+        pass
+
+
+def timed(model: BaseAlgorithm, seconds: float) -> Result:
+    """Learn for some seconds: steps a second, and for A3C the microseconds that a worker spends on each step."""
+    clock, log = Clock(seconds), LastValues()
+    model.set_logger(Logger(None, [log]))
+    model.learn(10**9, clock, log_interval=10)
+    result = {"steps/s": clock.steps_per_second}
+    if isinstance(model, A3C):
+        n_workers = model.n_workers if model.n_workers is not None else len(os.sched_getaffinity(0))
+        per_step = 1e6 * n_workers / clock.steps_per_second
+        for name, key in (("emulator", "stepping"), ("acting", "acting"), ("learning", "learning"), ("sharing", "sharing")):
+            result[name] = log.values[f"time/{key}"] * per_step
+    return result
+
+
+def a3c(env_id: str, seconds: float) -> Result:
+    """With the settings of ``train_atari.py``, which are the defaults."""
+    return timed(A3C("CnnLstmPolicy", make_atari_env(env_id, N_ENVS)), seconds)
+
+
+def a2c(env_id: str, seconds: float, n_threads: int | None = None, **kwargs: Any) -> Result:
+    """SB3's A2C with NatureCNN and its default settings."""
+    if n_threads is not None:
+        th.set_num_threads(n_threads)
+    return timed(A2C("CnnPolicy", make_atari_env(env_id, N_ENVS, **kwargs)), seconds)
+
+
+def recurrent_ppo(env_id: str, seconds: float) -> Result:
+    """sb3-contrib's RecurrentPPO with RL Zoo's settings for Atari."""
+    model = RecurrentPPO(
+        "CnnLstmPolicy",
+        make_atari_env(env_id, 8),
+        n_steps=128,
+        n_epochs=4,
+        batch_size=256,
+        learning_rate=2.5e-4,
+        clip_range=0.1,
+        policy_kwargs=dict(enable_critic_lstm=False, lstm_hidden_size=128),
+    )
+    return timed(model, seconds)
+
+
+def classic(env_id: str, seconds: float) -> Result:
+    """The loop of the first A3C programs, with one process for each core."""
+    return {"steps/s": classic_steps_per_second(env_id, len(os.sched_getaffinity(0)), seconds)}
+
+
+def lower_bound(env_id: str, seconds: float) -> Result:
+    """
+    What one core can't beat, in microseconds a step: the bare environment, and one forward and one backward pass of the
+    network at the batch at which they are fastest. Nothing is acted upon, shared or reported.
+    """
+    th.set_num_threads(1)
+    keep_freed_memory()
+    env = make_atari_env(env_id, 1)
+    env.reset()
+    actions = [np.array([env.action_space.sample()]) for _ in range(1000)]
+    n_steps, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds / 4:
+        env.step(actions[n_steps % len(actions)])
+        n_steps += 1
+    emulator = 1e6 * (time.perf_counter() - begin) / n_steps
+    space = gym.spaces.Box(0, 255, (1, 84, 84), np.uint8)
+    policy = CnnLstmPolicy(space, env.action_space, lambda _: 1e-4)
+    batches = (1, 2, 4, 8, 16)
+    network = min(_network_microseconds(policy, n_envs, seconds / 2 / len(batches)) for n_envs in batches)
+    return {"emulator": emulator, "network": network, "steps/s": len(os.sched_getaffinity(0)) * 1e6 / (emulator + network)}
+
+
+def _network_microseconds(policy: CnnLstmPolicy, n_envs: int, seconds: float, n_steps: int = 20) -> float:
+    """One forward and one backward pass over rollouts of ``n_envs`` environments, for each of their steps."""
+    obs = th.randint(0, 256, (n_steps * n_envs, 1, 84, 84), dtype=th.uint8)
+    actions = th.zeros(n_steps * n_envs, dtype=th.int64)
+    starts = th.zeros(n_steps, n_envs, dtype=th.bool)
+    state = policy.initial_state(n_envs)
+    n_passes, begin = -1, 0.0
+    while n_passes < 1 or time.perf_counter() - begin < seconds:
+        values, log_prob, entropy = policy.evaluate_actions(obs, actions, state, starts)
+        assert entropy is not None
+        (values.sum() + log_prob.sum() + entropy.sum()).backward()  # type: ignore[no-untyped-call]
+        policy.zero_grad()
+        n_passes += 1
+        if n_passes == 0:  # the first is slower
+            begin = time.perf_counter()
+    return 1e6 * (time.perf_counter() - begin) / (n_passes * n_steps * n_envs)
+
+
+CONTESTANTS: dict[str, Callable[[str, float], Result]] = {
+    "A3C": a3c,
+    "A2C Dummy": a2c,
+    "A2C Dummy, 1 thread": lambda env_id, seconds: a2c(env_id, seconds, n_threads=1),
+    "A2C Subproc": lambda env_id, seconds: a2c(env_id, seconds, vec_env_cls=SubprocVecEnv),
+    "A2C Subproc, 1 thread": lambda env_id, seconds: a2c(env_id, seconds, n_threads=1, vec_env_cls=SubprocVecEnv),
+    "RecurrentPPO": recurrent_ppo,
+    "classic A3C": classic,
+    "lower bound": lower_bound,
+}
+
+
+def measure(name: str, game: str, seconds: float) -> Result:
+    """In a process of its own."""
+    command = [sys.executable, __file__, "--only", name, "--games", game, "--seconds", str(seconds)]
+    process = subprocess.run(command, check=False, capture_output=True, text=True)
+    if process.returncode != 0:
+        sys.exit(f"{name} on {game} failed:\n{process.stderr}")
+    result: Result = json.loads(process.stdout.splitlines()[-1])
+    return result
+
+
+def report(game: str, results: dict[str, list[Result]]) -> None:
+    """Print a table of medians, and of their ratios to the faster A2C on a ``DummyVecEnv``."""
+    medians = {name: {key: statistics.median(one[key] for one in runs) for key in runs[0]} for name, runs in results.items()}
+    rates = {name: values["steps/s"] for name, values in medians.items()}
+    reference = max(rates["A2C Dummy"], rates["A2C Dummy, 1 thread"])
+    print(f"\n{game}\n| | steps/s | of {len(next(iter(results.values())))} runs | ÷ A2C Dummy |\n|---|---|---|---|")
+    for name, runs in results.items():
+        single = ", ".join(f"{one['steps/s']:.0f}" for one in runs)
+        print(f"| {name} | {rates[name]:.0f} | {single} | {rates[name] / reference:.2f} |")
+    parts = {key: value for key, value in medians["A3C"].items() if key != "steps/s"}
+    n_cores = len(os.sched_getaffinity(0))
+    parts["reporting and waiting"] = 1e6 * n_cores / rates["A3C"] - sum(parts.values())
+    print("A3C, µs of a worker for each step: " + ", ".join(f"{key} {value:.0f}" for key, value in parts.items()))
+    bound = medians["lower bound"]
+    print(f"Lower bound: emulator {bound['emulator']:.0f}, network {bound['network']:.0f}")
+    print(
+        f"A3C ÷ lower bound: {rates['A3C'] / rates['lower bound']:.2f}; ÷ classic: {rates['A3C'] / rates['classic A3C']:.2f}"
+    )
+
+
+def main() -> None:
+    """Measure all, or print one result for the process that measures all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--games", nargs="+", default=["Pong", "Breakout"])
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--only", choices=CONTESTANTS, help="print the result of one contestant, as JSON")
+    arguments = parser.parse_args()
+    if arguments.only:
+        result = CONTESTANTS[arguments.only](f"{arguments.games[0]}NoFrameskip-v4", arguments.seconds)
+        print(json.dumps(result))
+        return
+    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {th.__version__}")
+    for game in arguments.games:
+        results: dict[str, list[Result]] = {name: [] for name in CONTESTANTS}
+        for _ in range(arguments.repetitions):
+            for name in CONTESTANTS:
+                results[name].append(measure(name, game, arguments.seconds))
+        report(game, results)
+
+
+if __name__ == "__main__":  # SubprocVecEnv needs it
+    main()
