@@ -7,6 +7,7 @@ their reports to Stable-Baselines3 as steps of ``n_envs`` transitions, and tells
 
 import multiprocessing
 import os
+import sys
 import time
 import warnings
 from collections import deque
@@ -138,7 +139,6 @@ class HogwildCollector:
         self._statistics_of: list[deque[RolloutStatistics]] = [deque() for _ in tasks]  # not yet shown to the end
         self._done: set[int] = set()  # workers that make no more rollouts
         self._wrapper_counts: dict[int, WrapperCounts] = {}  # of workers that have said farewell
-        self._has_failed = False  # a worker, and it was raised
         self._redirect: Redirect | None = None
         self._n_threads = th.get_num_threads()
         self._workers: _Workers
@@ -173,11 +173,7 @@ class HogwildCollector:
         while not self._assembler.has_step(flush=self._all_done):
             if self._all_done:
                 return False
-            try:
-                self._receive()
-            except Exception:
-                self._has_failed = True
-                raise
+            self._receive()
         return True
 
     def take_step(self) -> Step:
@@ -237,12 +233,13 @@ class HogwildCollector:
                 self._take_environments_back()
 
     def _receive_the_last(self, is_over: Callable[[], bool]) -> None:
+        already_failing = sys.exc_info()[0] is not None  # `learn` is about to raise something
         deadline = time.monotonic() + self._patience()
         while not is_over() and (left := deadline - time.monotonic()) > 0:
             try:
                 self._receive(left)
             except Exception as error:  # by now, nothing can be done about it
-                if not self._has_failed:
+                if not already_failing:
                     warnings.warn(f"At the end of training a worker failed: {type(error).__name__}: {error}", stacklevel=2)
 
     def _patience(self) -> float:

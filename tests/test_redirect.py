@@ -241,6 +241,26 @@ def test_a_callback_that_catches_the_death_of_a_worker_does_not_hide_it() -> Non
         A3C("MlpPolicy", ladders(DummyVecEnv), n_workers=2, n_steps=5).learn(2000, callback=ask)
 
 
+def test_the_death_of_a_worker_is_said_once_also_where_a_call_meets_it_first() -> None:
+    def ask(local: dict[str, Any], _: dict[str, Any]) -> bool:
+        os.kill(local["self"]._collector._workers.pids[0], signal.SIGKILL)
+        local["env"].get_attr("level")
+        return True
+
+    # and not as a warning too, which would be an error here
+    with pytest.raises(WorkerDiedError, match="Worker 0 was killed by SIGKILL"):
+        A3C("MlpPolicy", ladders(DummyVecEnv), n_workers=2, n_steps=5).learn(2000, callback=ask)
+
+
+def test_a_failure_after_the_callback_has_ended_the_training_is_a_warning() -> None:
+    def end(local: dict[str, Any], _: dict[str, Any]) -> bool:
+        os.kill(local["self"]._collector._workers.pids[0], signal.SIGKILL)
+        return False
+
+    with pytest.warns(UserWarning, match="At the end of training a worker failed: WorkerDiedError: Worker 0 was killed"):
+        A3C("MlpPolicy", ladders(DummyVecEnv), n_workers=2, n_steps=5).learn(2000, callback=end)
+
+
 def test_what_can_not_be_done_while_workers_run_says_so() -> None:
     env = ladders(DummyVecEnv)
     model = A3C("MlpPolicy", env, n_workers=2)
