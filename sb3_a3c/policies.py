@@ -100,6 +100,11 @@ def to_env_actions(policy: ActorCriticPolicy, actions: npt.NDArray[Any]) -> npt.
     return clipped
 
 
+def _joined(parts: list[th.Tensor]) -> th.Tensor:
+    """One after the other, along the first dimension; a single one is not copied."""
+    return th.cat(parts) if len(parts) > 1 else parts[0]
+
+
 class BabyCNN(BaseFeaturesExtractor):
     """
     The convolutions of baby-a3c (Greydanus 2017): four layers of 32 filters, 3x3, stride 2, padding 1, each followed by
@@ -127,7 +132,7 @@ class BabyCNN(BaseFeaturesExtractor):
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         # (batch, n_channels, height, width) -> (batch, features_dim)
-        return th.cat([self.cnn(images) for images in th.split(observations, IMAGES_AT_ONCE)])
+        return _joined([self.cnn(images) for images in th.split(observations, IMAGES_AT_ONCE)])
 
 
 class LstmActorCriticPolicy(ActorCriticPolicy):
@@ -256,7 +261,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
             output, state = self.lstm(sequence[begin:end], tuple(part.masked_fill(starts, 0.0) for part in state))
             outputs.append(output)
         # (n_steps, n_envs, H) -> (n_steps * n_envs, H)
-        return th.cat(outputs).flatten(0, 1) if len(outputs) > 1 else outputs[0].flatten(0, 1), state
+        return _joined(outputs).flatten(0, 1), state
 
     def forward(  # type: ignore[override]
         self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, deterministic: bool = False

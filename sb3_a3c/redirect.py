@@ -25,9 +25,9 @@ class Redirect:
     :param call: reaches the workers
     """
 
-    def __init__(self, env: VecEnv, call: Callable[..., list[Any]]) -> None:
+    def __init__(self, env: VecEnv, call: Call) -> None:
         self._base = env.unwrapped
-        self._call: Call = call
+        self._call = call
         # on the instance, so that it is reached through whatever refers to it; its class keeps the user's methods
         for name in _REDIRECTED:
             setattr(self._base, name, getattr(self, name))

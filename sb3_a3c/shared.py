@@ -109,7 +109,7 @@ class ParameterStore:
         self._flat = th.zeros(layout.n_bytes, dtype=th.uint8)
         if share_memory:
             self._flat.share_memory_()  # type: ignore[no-untyped-call]
-        self.load_policy(policy)
+        self._write(policy, state)
 
     @property
     def counters(self) -> npt.NDArray[np.int64]:
@@ -128,12 +128,15 @@ class ParameterStore:
 
         :param policy: a policy of the same architecture
         """
+        self._write(policy, [_initial_state(policy.optimizer, parameter) for parameter in policy.parameters()])
+
+    def _write(self, policy: ActorCriticPolicy, state: list[dict[str, Any]]) -> None:
+        """Parameters and module buffers of ``policy``, and for each parameter the optimizer's state."""
         for slot, tensor in zip(
             self._parameter_slots + self._buffer_slots, [*policy.parameters(), *policy.buffers()], strict=True
         ):
             slot.view(self._flat).copy_(tensor.detach())
-        for slots, parameter in zip(self._state_slots, policy.parameters(), strict=True):
-            values = _initial_state(policy.optimizer, parameter)
+        for slots, values in zip(self._state_slots, state, strict=True):
             for key, slot in slots.items():
                 slot.view(self._flat).copy_(values[key])
 
