@@ -5,6 +5,7 @@ Shapes in this module: a rollout of ``n_steps`` steps of ``n_envs`` environments
 to (n_steps * n_envs, …); ``episode_starts`` is (n_steps, n_envs) and tells both numbers. Acting is a rollout of one step.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
-from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
+from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
     CombinedExtractor,
@@ -24,12 +25,10 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from sb3_a3c.convolutions import BabyCNN, Tape, new_tape
+
 #: Hidden and cell state, each (n_lstm_layers, n_envs, lstm_hidden_size); empty for a policy without memory.
 LstmState = tuple[th.Tensor, ...]
-
-#: So many images go through the convolutions at once: what a layer has computed is then still in the processor's cache when
-#: the next layer, or the backward pass, wants it.
-IMAGES_AT_ONCE = 40
 
 MlpPolicy = ActorCriticPolicy
 CnnPolicy = ActorCriticCnnPolicy
@@ -41,14 +40,16 @@ class RecurrentPolicy(Protocol):
 
     def initial_state(self, n_envs: int) -> LstmState: ...
 
-    def forward(
-        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, deterministic: bool = False
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, LstmState]: ...
+    def new_tape(self, n_obs: int) -> Tape | None: ...
+
+    def act(
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tape: Tape | None = None
+    ) -> tuple[th.Tensor, th.Tensor, LstmState]: ...
 
     def predict_values(self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor) -> th.Tensor: ...
 
     def evaluate_actions(
-        self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor
+        self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor, tape: Tape | None = None
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]: ...
 
 
@@ -69,16 +70,20 @@ class _Memoryless:
     def initial_state(self, n_envs: int) -> LstmState:
         return ()
 
-    def forward(
-        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, deterministic: bool = False
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, LstmState]:
-        return *self.policy(obs, deterministic), state
+    def new_tape(self, n_obs: int) -> None:
+        return None
+
+    def act(
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tape: Tape | None = None
+    ) -> tuple[th.Tensor, th.Tensor, LstmState]:
+        actions, values, _ = self.policy(obs)
+        return actions, values, state
 
     def predict_values(self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor) -> th.Tensor:
         return self.policy.predict_values(obs)
 
     def evaluate_actions(
-        self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor
+        self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor, tape: Tape | None = None
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         return self.policy.evaluate_actions(obs, actions)
 
@@ -98,41 +103,6 @@ def to_env_actions(policy: ActorCriticPolicy, actions: npt.NDArray[Any]) -> npt.
         return scaled
     clipped: npt.NDArray[Any] = np.clip(actions, policy.action_space.low, policy.action_space.high)
     return clipped
-
-
-def _joined(parts: list[th.Tensor]) -> th.Tensor:
-    """One after the other, along the first dimension; a single one is not copied."""
-    return th.cat(parts) if len(parts) > 1 else parts[0]
-
-
-class BabyCNN(BaseFeaturesExtractor):
-    """
-    The convolutions of baby-a3c (Greydanus 2017): four layers of 32 filters, 3x3, stride 2, padding 1, each followed by
-    an ELU. An 84x84 image becomes 1152 features.
-
-    :param observation_space: a channels-first image space, (n_channels, height, width)
-    :raises ValueError: if the space is not an image
-    """
-
-    def __init__(self, observation_space: spaces.Space[Any]) -> None:
-        if not is_image_space(observation_space, check_channels=False, normalized_image=True):
-            raise ValueError(
-                f"BabyCNN needs images (a Box of 3 dimensions), not {observation_space}. "
-                "Use `MlpLstmPolicy` for vectors and `MultiInputLstmPolicy` for dictionaries."
-            )
-        assert observation_space.shape is not None
-        n_channels, height, width = observation_space.shape
-        for _ in range(4):
-            height, width = (height + 1) // 2, (width + 1) // 2
-        super().__init__(observation_space, features_dim=32 * height * width)
-        layers: list[nn.Module] = []
-        for in_channels in (n_channels, 32, 32, 32):
-            layers += [nn.Conv2d(in_channels, 32, kernel_size=3, stride=2, padding=1), nn.ELU(inplace=True)]
-        self.cnn = nn.Sequential(*layers, nn.Flatten())
-
-    def forward(self, observations: th.Tensor) -> th.Tensor:
-        # (batch, n_channels, height, width) -> (batch, features_dim)
-        return _joined([self.cnn(images) for images in th.split(observations, IMAGES_AT_ONCE)])
 
 
 class LstmActorCriticPolicy(ActorCriticPolicy):
@@ -232,7 +202,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     def _dtype(self) -> th.dtype:
         return next(self.lstm.parameters()).dtype
 
-    def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor | None = None) -> th.Tensor:
+    def extract_features(self, obs: PyTorchObs, features_extractor: Callable[[Any], th.Tensor] | None = None) -> th.Tensor:
         """As SB3's, but in the precision of the parameters (SB3's preprocessing makes float32 whatever that is)."""
         preprocessed = preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
         if isinstance(preprocessed, dict):
@@ -241,6 +211,14 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
             preprocessed = preprocessed.to(self._dtype)
         features: th.Tensor = (features_extractor or self.features_extractor)(preprocessed)
         return features
+
+    def new_tape(self, n_obs: int) -> Tape | None:
+        """
+        :param n_obs: number of observations that are going to be acted upon
+        :return: what saves :meth:`evaluate_actions` a second pass through the features extractor; None if that can't be
+        """
+        ours = type(self).extract_features is LstmActorCriticPolicy.extract_features
+        return new_tape(self.features_extractor, n_obs) if ours else None
 
     def _remember(self, features: th.Tensor, state: LstmState, episode_starts: th.Tensor) -> tuple[th.Tensor, LstmState]:
         """
@@ -253,6 +231,8 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :return: outputs (n_steps * n_envs, lstm_hidden_size), and the state after the last step
         """
         n_steps, n_envs = episode_starts.shape
+        if n_steps == 1 and not (th.is_grad_enabled() or self.lstm.training):
+            return self._remember_step(features, tuple(part.masked_fill(episode_starts[..., None], 0.0) for part in state))
         sequence = features.reshape(n_steps, n_envs, -1)  # (n_steps * n_envs, F) -> (n_steps, n_envs, F)
         cuts = (episode_starts[1:].any(dim=1).nonzero().flatten() + 1).tolist()
         outputs = []
@@ -261,13 +241,24 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
             output, state = self.lstm(sequence[begin:end], tuple(part.masked_fill(starts, 0.0) for part in state))
             outputs.append(output)
         # (n_steps, n_envs, H) -> (n_steps * n_envs, H)
-        return _joined(outputs).flatten(0, 1), state
+        return th.cat(outputs).flatten(0, 1), state
+
+    def _remember_step(self, features: th.Tensor, state: LstmState) -> tuple[th.Tensor, LstmState]:
+        """A single step without gradient: the LSTM itself would first bring its weights into another order in memory."""
+        hidden, cell = [], []
+        x = features
+        for weights, h, c in zip(self.lstm.all_weights, *state, strict=True):
+            x, c = th.lstm_cell(x, (h, c), *weights)
+            hidden.append(x)
+            cell.append(c)
+        # n_lstm_layers of (n_envs, H) -> (n_lstm_layers, n_envs, H)
+        return x, (th.stack(hidden), th.stack(cell))
 
     def forward(  # type: ignore[override]
         self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, deterministic: bool = False
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor, LstmState]:
         """
-        Act: one step of ``n_envs`` environments.
+        One step of ``n_envs`` environments.
 
         :param obs: (n_envs, …)
         :param state: state before the step
@@ -275,16 +266,44 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :param deterministic: take the mode instead of a sample
         :return: actions (n_envs, …), values (n_envs, 1), log-probabilities (n_envs,), and the state after the step
         """
-        latent, state = self._remember(self.extract_features(obs), state, episode_starts[None])
-        values = self.value_net(self.mlp_extractor.forward_critic(latent))
-        distribution = self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent))
+        distribution, values, state = self._outputs(self.extract_features(obs), state, episode_starts[None])
         actions = distribution.get_actions(deterministic=deterministic)
         log_prob = distribution.log_prob(actions)
         assert self.action_space.shape is not None
         return actions.reshape((-1, *self.action_space.shape)), values, log_prob, state
 
+    def act(
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tape: Tape | None = None
+    ) -> tuple[th.Tensor, th.Tensor, LstmState]:
+        """
+        What a worker needs of a step: as :meth:`forward`, without log-probabilities.
+
+        :param obs: (n_envs, …)
+        :param state: state before the step
+        :param episode_starts: (n_envs,), bool: whose state is to be zeroed first
+        :param tape: records the step for :meth:`evaluate_actions`; None does not
+        :return: actions (n_envs, …), values (n_envs, 1), and the state after the step
+        """
+        features = self.extract_features(obs, None if tape is None else tape.record)
+        distribution, values, state = self._outputs(features, state, episode_starts[None])
+        assert self.action_space.shape is not None
+        return distribution.get_actions().reshape((-1, *self.action_space.shape)), values, state
+
+    def _outputs(
+        self, features: th.Tensor, state: LstmState, episode_starts: th.Tensor
+    ) -> tuple[Distribution, th.Tensor, LstmState]:
+        """
+        :param features: (n_steps * n_envs, features_dim)
+        :param state: state before the first step
+        :param episode_starts: (n_steps, n_envs), bool
+        :return: distribution of actions, values (n_steps * n_envs, 1), and the state after the last step
+        """
+        latent, state = self._remember(features, state, episode_starts)
+        values = self.value_net(self.mlp_extractor.forward_critic(latent))
+        return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent)), values, state
+
     def evaluate_actions(  # type: ignore[override]
-        self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor
+        self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor, tape: Tape | None = None
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """
         Evaluate the actions of a whole rollout, with gradients through time.
@@ -293,11 +312,11 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :param actions: (n_steps * n_envs, …)
         :param state: state before the first step
         :param episode_starts: (n_steps, n_envs), bool
+        :param tape: of these observations, with the parameters as they are: it is replayed instead of looking at ``obs``
         :return: values (n_steps * n_envs, 1), log-probabilities and entropies (n_steps * n_envs,)
         """
-        latent, _ = self._remember(self.extract_features(obs), state, episode_starts)
-        distribution = self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent))
-        values = self.value_net(self.mlp_extractor.forward_critic(latent))
+        features = self.extract_features(obs) if tape is None else tape.replay()
+        distribution, values, _ = self._outputs(features, state, episode_starts)
         return values, distribution.log_prob(actions), distribution.entropy()
 
     def predict_values(  # type: ignore[override]

@@ -21,6 +21,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import obs_as_tensor, set_random_seed, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_a3c.convolutions import Tape
 from sb3_a3c.errors import DivergenceError
 from sb3_a3c.loss import a3c_loss, advantages_and_returns, bootstrap_time_limits
 from sb3_a3c.policies import LstmState, as_recurrent, to_env_actions
@@ -77,6 +78,7 @@ class Rollout:
     first_state: LstmState  #: memory before the first step
     episode_starts: th.Tensor  #: (T, N), bool
     last_obs: Obs  #: (N, …)
+    tape: Tape | None  #: of the activations, where the parameters stay the same until the gradient is computed
 
 
 class ActorLearner:
@@ -103,6 +105,7 @@ class ActorLearner:
         self.obs: Obs = _copied(env.reset())
         self.state = self.actor.initial_state(self.n_envs)
         self.episode_starts = th.ones(self.n_envs, dtype=th.bool)
+        self._tape: Tape | None = None
         self._skipped_in_a_row = 0
         self._clock = time.perf_counter()
         self._statistics = RolloutStatistics()
@@ -164,7 +167,7 @@ class ActorLearner:
         """Algorithm S3: "Perform a_t according to policy π(a_t|s_t; θ'); receive reward r_t and new state s_{t+1}"."""
         n_steps, n_envs = self.settings.n_steps, self.n_envs
         self.policy.set_training_mode(False)
-        first_state = self.state
+        first_state, tape = self.state, self._blank_tape()
         obs, actions, infos, starts = [], [], [], []
         rewards = np.zeros((n_steps, n_envs), dtype=np.float32)
         dones = np.zeros((n_steps, n_envs), dtype=bool)
@@ -176,7 +179,7 @@ class ActorLearner:
             if self.settings.use_sde and self.settings.sde_sample_freq > 0 and t % self.settings.sde_sample_freq == 0:
                 self.policy.reset_noise(n_envs)
             with th.no_grad():
-                action, value, _, self.state = self.actor.forward(_as_tensor(self.obs), self.state, self.episode_starts)
+                action, value, self.state = self.actor.act(_as_tensor(self.obs), self.state, self.episode_starts, tape)
             obs.append(self.obs)
             starts.append(self.episode_starts)
             actions.append(action)
@@ -206,7 +209,19 @@ class ActorLearner:
             first_state=first_state,
             episode_starts=th.stack(starts),
             last_obs=self.obs,
+            tape=tape,
         )
+
+    def _blank_tape(self) -> Tape | None:
+        """None where the parameters change between acting and learning, since each chunk begins with a pull."""
+        n_obs = self.settings.n_steps * self.n_envs
+        if self.settings.envs_per_update < self.n_envs:
+            self._tape = None
+        elif self._tape is None or self._tape.n_images != n_obs:
+            self._tape = self.actor.new_tape(n_obs)
+        else:
+            self._tape.rewind()
+        return self._tape
 
     def _terminal_value(self, terminal_obs: Obs, env: int) -> th.Tensor:
         """V of the observation at which a time limit cut an episode, with the memory that the episode had."""
@@ -262,6 +277,7 @@ class ActorLearner:
             actions,
             tuple(part[:, chunk].contiguous() for part in rollout.first_state),
             rollout.episode_starts[:, chunk],
+            rollout.tape,
         )
         terms = a3c_loss(
             values.reshape(shape),  # (T * n, 1) -> (T, n)

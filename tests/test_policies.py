@@ -14,7 +14,8 @@ from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_a3c import CnnLstmPolicy, MlpLstmPolicy, MultiInputLstmPolicy
-from sb3_a3c.policies import IMAGES_AT_ONCE, BabyCNN, LstmActorCriticPolicy, LstmState, as_recurrent, to_env_actions
+from sb3_a3c.convolutions import BabyCNN
+from sb3_a3c.policies import LstmActorCriticPolicy, LstmState, as_recurrent, to_env_actions
 
 VECTOR = spaces.Box(-np.inf, np.inf, (3,))
 IMAGE = spaces.Box(0, 255, (1, 84, 84), dtype=np.uint8)
@@ -334,46 +335,44 @@ def test_predict_leaves_no_gradient_and_turns_dropout_off() -> None:
     assert all(parameter.grad is None for parameter in policy.parameters())
 
 
+def test_acting_is_forward_without_log_probabilities_and_a_tape_replays_it(policy: LstmActorCriticPolicy) -> None:
+    obs = sample_obs(policy.observation_space, N_STEPS, N_ENVS)
+    state = policy.initial_state(N_ENVS)
+    tape = policy.new_tape(N_STEPS * N_ENVS)
+    assert (tape is None) == (not isinstance(policy.features_extractor, BabyCNN))
+    acted, actions = state, []
+    policy.set_training_mode(False)
+    for t in range(N_STEPS):
+        now = as_tensor(part_of(obs, t))
+        th.manual_seed(t)
+        with th.no_grad():
+            expected, expected_values, _, state = policy.forward(now, state, STARTS[t])
+            th.manual_seed(t)
+            action, values, acted = policy.act(now, acted, STARTS[t], tape)
+        assert th.equal(action, expected)
+        assert th.allclose(values, expected_values, rtol=1e-5, atol=1e-6)
+        actions.append(action)
+    policy.set_training_mode(True)
+    evaluations = []
+    for replayed in (tape, None):
+        values, log_prob, _ = policy.evaluate_actions(
+            as_tensor(flat(obs)), th.cat(actions), policy.initial_state(N_ENVS), STARTS, replayed
+        )
+        gradients = th.autograd.grad(values.sum() + log_prob.sum(), list(policy.parameters()))
+        evaluations.append([values, log_prob, *gradients])
+    for one, other in zip(*evaluations, strict=True):
+        assert th.allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_policy_with_features_of_its_own_gets_no_tape() -> None:
+    class Doubled(CnnLstmPolicy):
+        def extract_features(self, obs: Any, features_extractor: Any = None) -> th.Tensor:
+            return 2 * super().extract_features(obs, features_extractor)
+
+    assert Doubled(IMAGE, CHOICE, lambda _: 1e-4).new_tape(8) is None
+
+
 # --- networks ---
-
-
-@pytest.mark.parametrize("n_channels", [1, 3, 4])
-def test_baby_cnn_makes_1152_features_of_an_84x84_image(n_channels: int) -> None:
-    extractor = BabyCNN(spaces.Box(0, 255, (n_channels, 84, 84), dtype=np.uint8))
-    assert extractor.features_dim == 1152
-    assert extractor(th.zeros(2, n_channels, 84, 84)).shape == (2, 1152)
-    convolutions = [layer for layer in extractor.cnn if isinstance(layer, th.nn.Conv2d)]
-    assert [(layer.in_channels, layer.out_channels) for layer in convolutions] == [(n_channels, 32)] + [(32, 32)] * 3
-    assert all((layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (2, 2), (1, 1)) for layer in convolutions)
-    assert sum(isinstance(layer, th.nn.ELU) for layer in extractor.cnn) == 4
-
-
-@pytest.mark.parametrize(("height", "width"), [(8, 8), (36, 48), (17, 31), (1, 1)])
-def test_baby_cnn_takes_images_of_any_size(height: int, width: int) -> None:
-    extractor = BabyCNN(spaces.Box(0, 255, (3, height, width), dtype=np.uint8))
-    assert extractor(th.zeros(1, 3, height, width)).shape == (1, extractor.features_dim)
-
-
-@pytest.mark.parametrize("n_images", [IMAGES_AT_ONCE - 1, IMAGES_AT_ONCE, 2 * IMAGES_AT_ONCE + 3])
-def test_a_batch_that_is_too_large_for_the_cache_is_the_same_in_slices(n_images: int) -> None:
-    extractor = BabyCNN(spaces.Box(0, 255, (1, 20, 20), dtype=np.uint8)).double()
-    images = th.rand(n_images, 1, 20, 20, dtype=th.float64)
-    weights = th.rand(n_images, extractor.features_dim, dtype=th.float64)
-    gradients = []
-    for features in (extractor(images), extractor.cnn(images)):
-        assert features.shape == weights.shape
-        gradients.append(th.autograd.grad((features * weights).sum(), list(extractor.parameters())))
-    assert th.allclose(extractor(images), extractor.cnn(images), rtol=1e-12)
-    for sliced, whole in zip(*gradients, strict=True):
-        assert th.allclose(sliced, whole, rtol=1e-10)
-
-
-@pytest.mark.parametrize("space", [VECTOR, spaces.Box(0, 255, (84, 84), dtype=np.uint8), CHOICE, DICT])
-def test_baby_cnn_refuses_what_is_no_image(space: spaces.Space[Any]) -> None:
-    with pytest.raises(ValueError, match=r"BabyCNN needs images.*MlpLstmPolicy.*MultiInputLstmPolicy"):
-        BabyCNN(space)
-    with pytest.raises(ValueError, match="BabyCNN needs images"):
-        CnnLstmPolicy(space, CHOICE, lambda _: 1e-4)
 
 
 def test_defaults_are_baby_a3cs() -> None:
@@ -497,17 +496,14 @@ def test_a_feed_forward_policy_keeps_its_numbers(
     starts = th.zeros(N_ENVS, dtype=th.bool)
     assert actor.initial_state(N_ENVS) == ()
     with th.no_grad():
-        for deterministic in (True, False):
-            th.manual_seed(0)
-            expected = policy(obs, deterministic)
-            th.manual_seed(0)
-            *found, state = actor.forward(obs, (), starts, deterministic)
-            assert state == ()
-            for one, other in zip(found, expected, strict=True):
-                assert isinstance(one, th.Tensor)
-                assert th.equal(one, other)
+        th.manual_seed(0)
+        expected = policy(obs)
+        th.manual_seed(0)
+        actions, values, state = actor.act(obs, (), starts)
+        assert state == ()
+        assert th.equal(actions, expected[0])
+        assert th.equal(values, expected[1])
         assert th.equal(actor.predict_values(obs, (), starts), policy.predict_values(obs))
-        actions = expected[0]
         evaluated, reference = actor.evaluate_actions(obs, actions, (), starts[None]), policy.evaluate_actions(obs, actions)
         for value, other_value in zip(evaluated, reference, strict=True):
             assert value is not None

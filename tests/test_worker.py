@@ -1,5 +1,6 @@
 """The actor-learner: its memory, its bookkeeping, its guard against numbers that are none."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -9,11 +10,13 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_a3c import A3C, DivergenceError
+from sb3_a3c import A3C, DivergenceError, convolutions
+from sb3_a3c.convolutions import Tape
 from sb3_a3c.worker import ActorLearner, Rollout
 
 
@@ -108,6 +111,30 @@ def test_updates_are_made_for_each_chunk_of_environments() -> None:
         model = A3C("MlpPolicy", cartpole(n_envs), n_steps=5, envs_per_update=envs_per_update, n_workers=0)
         model.learn(5 * n_envs * 2)
         assert model._n_updates == 2 * n_updates
+
+
+def test_a_tape_saves_work_only_and_only_where_all_environments_are_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    replays = []
+    replay = Tape.replay
+
+    def replay_and_count(self: Tape) -> th.Tensor:
+        replays.append(self)
+        return replay(self)
+
+    monkeypatch.setattr(Tape, "replay", replay_and_count)
+    weights = []
+    for envs_per_update, max_bytes, n_replays in ((2, 10**9, 3), (2, 0, 0), (1, 10**9, 0)):
+        monkeypatch.setattr(convolutions, "MAX_TAPE_BYTES", max_bytes)
+        env = DummyVecEnv([functools.partial(FakeImageEnv, screen_height=36, screen_width=36, n_channels=1)] * 2)
+        for i, single in enumerate(env.envs):
+            single.observation_space.seed(i)
+        model = A3C("CnnLstmPolicy", env, n_steps=4, envs_per_update=envs_per_update, n_workers=0, seed=0)
+        model.learn(24)
+        env.close()
+        assert len(replays) == n_replays
+        replays.clear()
+        weights.append(th.cat([parameter.detach().flatten() for parameter in model.policy.parameters()]))
+    assert th.allclose(weights[0], weights[1], atol=1e-5)
 
 
 def test_the_learning_rate_follows_the_timesteps_of_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:

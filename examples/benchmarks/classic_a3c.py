@@ -14,7 +14,7 @@ import torch as th
 from stable_baselines3.common.env_util import make_atari_env
 from torch import nn
 
-from sb3_a3c.policies import BabyCNN
+from sb3_a3c.convolutions import BabyCNN
 
 N_STEPS, GAMMA, ENT_COEF, MAX_GRAD_NORM = 20, 0.99, 0.01, 40.0
 Memory = tuple[th.Tensor, th.Tensor]
