@@ -7,6 +7,7 @@ of a worker.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch as th
@@ -20,7 +21,7 @@ from torch.autograd.function import once_differentiable
 #: the next layer, or the backward pass, wants it.
 IMAGES_AT_ONCE = 40
 
-#: A tape grows no longer than this; 160 images of 84x84 need 53 MB.
+#: The tapes of a worker are no larger than this together; 160 images of 84x84 need 53 MB.
 MAX_TAPE_BYTES = 256 * 2**20
 
 
@@ -62,34 +63,37 @@ class Tape:
     The activations of a rollout's images, recorded while acting and replayed once while learning.
 
     :param cnn: the convolutions; their weights must stay the same between recording and the backward pass
-    :param n_images: how many are going to be recorded
+    :param n_steps: how many batches are going to be recorded
+    :param n_envs: how many images a batch has
     """
 
-    def __init__(self, cnn: BabyCNN, n_images: int) -> None:
-        self.n_images = n_images
+    def __init__(self, cnn: BabyCNN, n_steps: int, n_envs: int) -> None:
+        self.n_envs = n_envs
         self.n_recorded = 0
         self.convolutions = [layer for layer in cnn.cnn if isinstance(layer, nn.Conv2d)]
         weight = self.convolutions[-1].weight
         order = th.channels_last if weight.is_contiguous(memory_format=th.channels_last) else th.contiguous_format
         #: the images, and what each layer made of them: (n_images, n_channels, height, width)
-        self.kept = [th.zeros(n_images, *shape, dtype=weight.dtype).contiguous(memory_format=order) for shape in cnn.shapes]
+        self.kept = [
+            th.zeros(n_steps * n_envs, *shape, dtype=weight.dtype).contiguous(memory_format=order) for shape in cnn.shapes
+        ]
+
+    def record(self, images: th.Tensor) -> th.Tensor:
+        """
+        :param images: (n_envs, n_channels, height, width), as for :class:`BabyCNN`
+        :return: (n_envs, features_dim), without gradient
+        """
+        assert not th.is_grad_enabled() and len(images) == self.n_envs
+        now = slice(self.n_recorded, self.n_recorded + self.n_envs)
+        self.n_recorded += self.n_envs
+        x = self.kept[0][now].copy_(images)
+        for convolution, kept in zip(self.convolutions, self.kept[1:], strict=True):
+            x = th.ops.aten.elu.out(convolution(x), out=kept[now])
+        return x.flatten(1)  # (n_envs, 32, height, width) -> (n_envs, features_dim)
 
     def rewind(self) -> None:
         """Forget what was recorded."""
         self.n_recorded = 0
-
-    def record(self, images: th.Tensor) -> th.Tensor:
-        """
-        :param images: (batch, n_channels, height, width), as for :class:`BabyCNN`
-        :return: (batch, features_dim), without gradient
-        """
-        assert not th.is_grad_enabled()
-        now = slice(self.n_recorded, self.n_recorded + len(images))
-        self.n_recorded += len(images)
-        x = self.kept[0][now].copy_(images)
-        for convolution, kept in zip(self.convolutions, self.kept[1:], strict=True):
-            x = th.ops.aten.elu.out(convolution(x), out=kept[now])
-        return x.flatten(1)  # (batch, 32, height, width) -> (batch, features_dim)
 
     def replay(self) -> th.Tensor:
         """:return: the features of all that was recorded, (n_recorded, features_dim), with gradient"""
@@ -152,14 +156,26 @@ class _Replay(th.autograd.Function):
         return None, *sums
 
 
-def new_tape(extractor: BaseFeaturesExtractor, n_images: int) -> Tape | None:
+def new_tapes(extractor: BaseFeaturesExtractor, n_steps: int, chunks: Sequence[int]) -> list[Tape]:
     """
     :param extractor: of a policy
-    :param n_images: that a rollout has
-    :return: a tape, or None where the extractor is not :class:`BabyCNN` itself or the tape would be too large
+    :param n_steps: that a rollout has
+    :param chunks: numbers of environments that are learned from at a time
+    :return: a tape for each chunk; none where the extractor is not :class:`BabyCNN` itself or they would be too large
     """
     if type(extractor) is not BabyCNN:
-        return None
-    numbers = n_images * sum(math.prod(shape) for shape in extractor.shapes)
-    n_bytes = numbers * next(extractor.parameters()).dtype.itemsize
-    return Tape(extractor, n_images) if n_bytes <= MAX_TAPE_BYTES else None
+        return []
+    numbers = n_steps * sum(chunks) * sum(math.prod(shape) for shape in extractor.shapes)
+    if numbers * next(extractor.parameters()).dtype.itemsize > MAX_TAPE_BYTES:
+        return []
+    return [Tape(extractor, n_steps, n_envs) for n_envs in chunks]
+
+
+def record(tapes: Sequence[Tape], images: th.Tensor) -> th.Tensor:
+    """
+    :param tapes: of the chunks of environments, one after the other
+    :param images: of all environments, (n_envs, n_channels, height, width)
+    :return: (n_envs, features_dim), without gradient
+    """
+    parts = th.split(images, [tape.n_envs for tape in tapes])
+    return th.cat([tape.record(part) for tape, part in zip(tapes, parts, strict=True)])

@@ -5,7 +5,8 @@ Shapes in this module: a rollout of ``n_steps`` steps of ``n_envs`` environments
 to (n_steps * n_envs, …); ``episode_starts`` is (n_steps, n_envs) and tells both numbers. Acting is a rollout of one step.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_a3c.convolutions import BabyCNN, Tape, new_tape
+from sb3_a3c.convolutions import BabyCNN, Tape, new_tapes, record
 
 #: Hidden and cell state, each (n_lstm_layers, n_envs, lstm_hidden_size); empty for a policy without memory.
 LstmState = tuple[th.Tensor, ...]
@@ -40,10 +41,10 @@ class RecurrentPolicy(Protocol):
 
     def initial_state(self, n_envs: int) -> LstmState: ...
 
-    def new_tape(self, n_obs: int) -> Tape | None: ...
+    def new_tapes(self, n_steps: int, chunks: Sequence[int]) -> list[Tape]: ...
 
     def act(
-        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tape: Tape | None = None
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tapes: Sequence[Tape] = ()
     ) -> tuple[th.Tensor, th.Tensor, LstmState]: ...
 
     def predict_values(self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor) -> th.Tensor: ...
@@ -70,11 +71,11 @@ class _Memoryless:
     def initial_state(self, n_envs: int) -> LstmState:
         return ()
 
-    def new_tape(self, n_obs: int) -> None:
-        return None
+    def new_tapes(self, n_steps: int, chunks: Sequence[int]) -> list[Tape]:
+        return []
 
     def act(
-        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tape: Tape | None = None
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tapes: Sequence[Tape] = ()
     ) -> tuple[th.Tensor, th.Tensor, LstmState]:
         actions, values, _ = self.policy(obs)
         return actions, values, state
@@ -212,13 +213,15 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         features: th.Tensor = (features_extractor or self.features_extractor)(preprocessed)
         return features
 
-    def new_tape(self, n_obs: int) -> Tape | None:
+    def new_tapes(self, n_steps: int, chunks: Sequence[int]) -> list[Tape]:
         """
-        :param n_obs: number of observations that are going to be acted upon
-        :return: what saves :meth:`evaluate_actions` a second pass through the features extractor; None if that can't be
+        :param n_steps: that are going to be acted
+        :param chunks: numbers of environments that are then evaluated at a time
+        :return: for each chunk what saves :meth:`evaluate_actions` a second pass through the features extractor; none if
+            that can't be
         """
         ours = type(self).extract_features is LstmActorCriticPolicy.extract_features
-        return new_tape(self.features_extractor, n_obs) if ours else None
+        return new_tapes(self.features_extractor, n_steps, chunks) if ours else []
 
     def _remember(self, features: th.Tensor, state: LstmState, episode_starts: th.Tensor) -> tuple[th.Tensor, LstmState]:
         """
@@ -273,7 +276,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         return actions.reshape((-1, *self.action_space.shape)), values, log_prob, state
 
     def act(
-        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tape: Tape | None = None
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tapes: Sequence[Tape] = ()
     ) -> tuple[th.Tensor, th.Tensor, LstmState]:
         """
         What a worker needs of a step: as :meth:`forward`, without log-probabilities.
@@ -281,10 +284,10 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :param obs: (n_envs, …)
         :param state: state before the step
         :param episode_starts: (n_envs,), bool: whose state is to be zeroed first
-        :param tape: records the step for :meth:`evaluate_actions`; None does not
+        :param tapes: record the step for :meth:`evaluate_actions`
         :return: actions (n_envs, …), values (n_envs, 1), and the state after the step
         """
-        features = self.extract_features(obs, None if tape is None else tape.record)
+        features = self.extract_features(obs, functools.partial(record, tapes) if tapes else None)
         distribution, values, state = self._outputs(features, state, episode_starts[None])
         assert self.action_space.shape is not None
         return distribution.get_actions().reshape((-1, *self.action_space.shape)), values, state

@@ -10,6 +10,7 @@ import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ class Rollout:
     first_state: LstmState  #: memory before the first step
     episode_starts: th.Tensor  #: (T, N), bool
     last_obs: Obs  #: (N, …)
-    tape: Tape | None  #: of the activations, where the parameters stay the same until the gradient is computed
+    tapes: list[Tape]  #: of the activations, one for each chunk of environments; or none
 
 
 class ActorLearner:
@@ -105,7 +106,8 @@ class ActorLearner:
         self.obs: Obs = _copied(env.reset())
         self.state = self.actor.initial_state(self.n_envs)
         self.episode_starts = th.ones(self.n_envs, dtype=th.bool)
-        self._tape: Tape | None = None
+        self._tapes: list[Tape] = []
+        self._tapes_shape: tuple[int, list[int]] | None = None
         self._skipped_in_a_row = 0
         self._clock = time.perf_counter()
         self._statistics = RolloutStatistics()
@@ -167,7 +169,7 @@ class ActorLearner:
         """Algorithm S3: "Perform a_t according to policy π(a_t|s_t; θ'); receive reward r_t and new state s_{t+1}"."""
         n_steps, n_envs = self.settings.n_steps, self.n_envs
         self.policy.set_training_mode(False)
-        first_state, tape = self.state, self._blank_tape()
+        first_state, tapes = self.state, self._blank_tapes()
         obs, actions, infos, starts = [], [], [], []
         rewards = np.zeros((n_steps, n_envs), dtype=np.float32)
         dones = np.zeros((n_steps, n_envs), dtype=bool)
@@ -179,7 +181,7 @@ class ActorLearner:
             if self.settings.use_sde and self.settings.sde_sample_freq > 0 and t % self.settings.sde_sample_freq == 0:
                 self.policy.reset_noise(n_envs)
             with th.no_grad():
-                action, value, self.state = self.actor.act(_as_tensor(self.obs), self.state, self.episode_starts, tape)
+                action, value, self.state = self.actor.act(_as_tensor(self.obs), self.state, self.episode_starts, tapes)
             obs.append(self.obs)
             starts.append(self.episode_starts)
             actions.append(action)
@@ -209,19 +211,22 @@ class ActorLearner:
             first_state=first_state,
             episode_starts=th.stack(starts),
             last_obs=self.obs,
-            tape=tape,
+            tapes=tapes,
         )
 
-    def _blank_tape(self) -> Tape | None:
-        """None where the parameters change between acting and learning, since each chunk begins with a pull."""
-        n_obs = self.settings.n_steps * self.n_envs
-        if self.settings.envs_per_update < self.n_envs:
-            self._tape = None
-        elif self._tape is None or self._tape.n_images != n_obs:
-            self._tape = self.actor.new_tape(n_obs)
-        else:
-            self._tape.rewind()
-        return self._tape
+    def _chunks(self) -> list[slice]:
+        """Of the environments: what is learned from at a time."""
+        bounds = [*range(0, self.n_envs, self.settings.envs_per_update), self.n_envs]
+        return [slice(begin, end) for begin, end in pairwise(bounds)]
+
+    def _blank_tapes(self) -> list[Tape]:
+        """One for each chunk, or none where the policy can't use them."""
+        shape = (self.settings.n_steps, [chunk.stop - chunk.start for chunk in self._chunks()])
+        if shape != self._tapes_shape:
+            self._tapes, self._tapes_shape = self.actor.new_tapes(*shape), shape
+        for tape in self._tapes:
+            tape.rewind()
+        return self._tapes
 
     def _terminal_value(self, terminal_obs: Obs, env: int) -> th.Tensor:
         """V of the observation at which a time limit cut an episode, with the memory that the episode had."""
@@ -231,18 +236,18 @@ class ActorLearner:
             return self.actor.predict_values(obs, state, th.zeros(1, dtype=th.bool))[0, 0]
 
     def _learn(self, rollout: Rollout) -> None:
-        """Algorithm S3 from "R = …" to "Perform asynchronous update", once for each chunk of environments."""
+        """
+        Algorithm S3 from "R = …" to "Perform asynchronous update", once for each chunk of environments. As for the paper's
+        threads, all gradients are those at the parameters θ' that have acted.
+        """
         settings = self.settings
         rewards = bootstrap_time_limits(rollout.rewards, rollout.terminal_values, settings.gamma)
         advantages, returns = advantages_and_returns(
             rewards, rollout.values, rollout.dones, rollout.last_values, settings.gamma, settings.gae_lambda
         )
         self.policy.set_training_mode(True)
-        for begin in range(0, self.n_envs, settings.envs_per_update):
-            chunk = slice(begin, min(begin + settings.envs_per_update, self.n_envs))
-            if begin > 0:
-                self._pull()
-            self._compute_gradient(rollout, advantages[:, chunk], returns[:, chunk], chunk)
+        for chunk, tape in zip_longest(self._chunks(), rollout.tapes):
+            self._compute_gradient(rollout, advantages[:, chunk], returns[:, chunk], chunk, tape)
             self._push()
         self._statistics.n_transitions += returns.size
         self._statistics.return_moments = _moments(returns)
@@ -255,6 +260,7 @@ class ActorLearner:
         advantages: npt.NDArray[np.floating],
         returns: npt.NDArray[np.floating],
         chunk: slice,
+        tape: Tape | None,
     ) -> None:
         """
         Leave the gradient of the loss over a chunk of environments in the replica.
@@ -263,6 +269,7 @@ class ActorLearner:
         :param advantages: (n_steps, chunk)
         :param returns: (n_steps, chunk)
         :param chunk: which environments
+        :param tape: of their activations
         """
         shape = returns.shape
         if self.settings.normalize_advantage and advantages.size > 1:
@@ -277,7 +284,7 @@ class ActorLearner:
             actions,
             tuple(part[:, chunk].contiguous() for part in rollout.first_state),
             rollout.episode_starts[:, chunk],
-            rollout.tape,
+            tape,
         )
         terms = a3c_loss(
             values.reshape(shape),  # (T * n, 1) -> (T, n)

@@ -9,7 +9,7 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_a3c import CnnLstmPolicy, convolutions
-from sb3_a3c.convolutions import IMAGES_AT_ONCE, BabyCNN, Tape, new_tape
+from sb3_a3c.convolutions import IMAGES_AT_ONCE, BabyCNN, Tape, new_tapes, record
 
 CHOICE = spaces.Discrete(4)
 VECTOR = spaces.Box(-np.inf, np.inf, (3,))
@@ -60,7 +60,8 @@ def test_baby_cnn_refuses_what_is_no_image(space: spaces.Space[Any]) -> None:
 
 
 def recorded(cnn: BabyCNN, images: th.Tensor, batch: int) -> Tape:
-    tape = Tape(cnn, len(images))
+    assert len(images) % batch == 0
+    tape = Tape(cnn, len(images) // batch, batch)
     with th.no_grad():
         for part in th.split(images, batch):
             features = tape.record(part)
@@ -69,7 +70,7 @@ def recorded(cnn: BabyCNN, images: th.Tensor, batch: int) -> Tape:
 
 
 @pytest.mark.parametrize("layout", [th.channels_last, th.contiguous_format])
-@pytest.mark.parametrize("n_images", [3, IMAGES_AT_ONCE, 2 * IMAGES_AT_ONCE + 3])
+@pytest.mark.parametrize("n_images", [6, IMAGES_AT_ONCE, 2 * IMAGES_AT_ONCE + 6])
 def test_a_replayed_tape_has_the_features_and_gradients_of_the_convolutions(n_images: int, layout: th.memory_format) -> None:
     cnn = BabyCNN(SMALL).double()
     for parameter in cnn.parameters():
@@ -77,7 +78,7 @@ def test_a_replayed_tape_has_the_features_and_gradients_of_the_convolutions(n_im
             parameter.data = parameter.data.clone(memory_format=layout)
     images = th.rand(n_images, 2, 20, 27, dtype=th.float64)
     weights = th.rand(n_images, cnn.features_dim, dtype=th.float64)
-    tape = recorded(cnn, images, batch=3)
+    tape = recorded(cnn, images, batch=2)
     features, expected = tape.replay(), cnn(images)
     assert th.allclose(features, expected, rtol=1e-12)
     gradients = [th.autograd.grad((x * weights).sum(), list(cnn.parameters())) for x in (features, expected)]
@@ -115,17 +116,27 @@ def test_tapes_are_for_baby_cnn_itself_and_not_too_long(monkeypatch: pytest.Monk
             return super().forward(observations + th.rand_like(observations))
 
     cnn = BabyCNN(SMALL)
-    assert new_tape(Noisy(SMALL), 8) is None
-    assert new_tape(FlattenExtractor(SMALL), 8) is None
-    tape = new_tape(cnn, 8)
-    assert tape is not None
-    assert tape.n_images == 8
-    n_bytes = sum(kept.nbytes for kept in tape.kept)
-    monkeypatch.setattr(convolutions, "MAX_TAPE_BYTES", n_bytes)
-    assert new_tape(cnn, 8) is not None
-    assert new_tape(cnn, 9) is None
+    assert new_tapes(Noisy(SMALL), 5, [2, 1]) == []
+    assert new_tapes(FlattenExtractor(SMALL), 5, [2, 1]) == []
+    tapes = new_tapes(cnn, 5, [2, 1])
+    assert [(tape.n_envs, len(tape.kept[0])) for tape in tapes] == [(2, 10), (1, 5)]
+    monkeypatch.setattr(convolutions, "MAX_TAPE_BYTES", sum(kept.nbytes for tape in tapes for kept in tape.kept))
+    assert len(new_tapes(cnn, 5, [2, 1])) == 2
+    assert new_tapes(cnn, 5, [2, 2]) == []
+
+
+def test_each_tape_records_its_environments() -> None:
+    cnn = BabyCNN(SMALL)
+    tapes = new_tapes(cnn, 2, [2, 1])
+    steps = th.rand(2, 3, 2, 20, 27)
+    with th.no_grad():
+        for images in steps:
+            assert th.allclose(record(tapes, images), cnn(images), rtol=1e-4, atol=1e-6)
+    for tape, chunk in zip(tapes, (slice(0, 2), slice(2, 3)), strict=True):
+        # (n_steps, n_envs, …) -> (n_steps * n_envs, …)
+        assert th.allclose(tape.replay(), cnn(steps[:, chunk].flatten(0, 1)), rtol=1e-4, atol=1e-6)
 
 
 def test_160_images_need_53_mb() -> None:
-    tape = Tape(BabyCNN(spaces.Box(0, 255, (1, 84, 84), dtype=np.uint8)), 160)
+    tape = Tape(BabyCNN(spaces.Box(0, 255, (1, 84, 84), dtype=np.uint8)), 20, 8)
     assert sum(kept.nbytes for kept in tape.kept) / 1e6 == pytest.approx(53, abs=0.5)

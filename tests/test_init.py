@@ -32,6 +32,7 @@ LAYERS = {
     "normalization": {"envs"},
     "channel": set(),
     "envs": {"subproc"},
+    "atari": set(),
     "convolutions": set(),
     "errors": set(),
     "interrupts": set(),

@@ -338,8 +338,8 @@ def test_predict_leaves_no_gradient_and_turns_dropout_off() -> None:
 def test_acting_is_forward_without_log_probabilities_and_a_tape_replays_it(policy: LstmActorCriticPolicy) -> None:
     obs = sample_obs(policy.observation_space, N_STEPS, N_ENVS)
     state = policy.initial_state(N_ENVS)
-    tape = policy.new_tape(N_STEPS * N_ENVS)
-    assert (tape is None) == (not isinstance(policy.features_extractor, BabyCNN))
+    tapes = policy.new_tapes(N_STEPS, [N_ENVS])
+    assert len(tapes) == isinstance(policy.features_extractor, BabyCNN)
     acted, actions = state, []
     policy.set_training_mode(False)
     for t in range(N_STEPS):
@@ -348,19 +348,19 @@ def test_acting_is_forward_without_log_probabilities_and_a_tape_replays_it(polic
         with th.no_grad():
             expected, expected_values, _, state = policy.forward(now, state, STARTS[t])
             th.manual_seed(t)
-            action, values, acted = policy.act(now, acted, STARTS[t], tape)
+            action, values, acted = policy.act(now, acted, STARTS[t], tapes)
         assert th.equal(action, expected)
         assert th.allclose(values, expected_values, rtol=1e-5, atol=1e-6)
         actions.append(action)
     policy.set_training_mode(True)
     evaluations = []
-    for replayed in (tape, None):
+    for tape in (*tapes, None):
         values, log_prob, _ = policy.evaluate_actions(
-            as_tensor(flat(obs)), th.cat(actions), policy.initial_state(N_ENVS), STARTS, replayed
+            as_tensor(flat(obs)), th.cat(actions), policy.initial_state(N_ENVS), STARTS, tape
         )
         gradients = th.autograd.grad(values.sum() + log_prob.sum(), list(policy.parameters()))
         evaluations.append([values, log_prob, *gradients])
-    for one, other in zip(*evaluations, strict=True):
+    for one, other in zip(evaluations[0], evaluations[-1], strict=True):
         assert th.allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
@@ -369,7 +369,7 @@ def test_a_policy_with_features_of_its_own_gets_no_tape() -> None:
         def extract_features(self, obs: Any, features_extractor: Any = None) -> th.Tensor:
             return 2 * super().extract_features(obs, features_extractor)
 
-    assert Doubled(IMAGE, CHOICE, lambda _: 1e-4).new_tape(8) is None
+    assert Doubled(IMAGE, CHOICE, lambda _: 1e-4).new_tapes(2, [8]) == []
 
 
 # --- networks ---

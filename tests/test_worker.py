@@ -113,7 +113,7 @@ def test_updates_are_made_for_each_chunk_of_environments() -> None:
         assert model._n_updates == 2 * n_updates
 
 
-def test_a_tape_saves_work_only_and_only_where_all_environments_are_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tapes_save_work_only(monkeypatch: pytest.MonkeyPatch) -> None:
     replays = []
     replay = Tape.replay
 
@@ -123,9 +123,9 @@ def test_a_tape_saves_work_only_and_only_where_all_environments_are_one_chunk(mo
 
     monkeypatch.setattr(Tape, "replay", replay_and_count)
     weights = []
-    for envs_per_update, max_bytes, n_replays in ((2, 10**9, 3), (2, 0, 0), (1, 10**9, 0)):
+    for envs_per_update, max_bytes, n_replays in ((3, 10**9, 2), (3, 0, 0), (2, 10**9, 4), (2, 0, 0)):
         monkeypatch.setattr(convolutions, "MAX_TAPE_BYTES", max_bytes)
-        env = DummyVecEnv([functools.partial(FakeImageEnv, screen_height=36, screen_width=36, n_channels=1)] * 2)
+        env = DummyVecEnv([functools.partial(FakeImageEnv, screen_height=36, screen_width=36, n_channels=1)] * 3)
         for i, single in enumerate(env.envs):
             single.observation_space.seed(i)
         model = A3C("CnnLstmPolicy", env, n_steps=4, envs_per_update=envs_per_update, n_workers=0, seed=0)
@@ -134,7 +134,8 @@ def test_a_tape_saves_work_only_and_only_where_all_environments_are_one_chunk(mo
         assert len(replays) == n_replays
         replays.clear()
         weights.append(th.cat([parameter.detach().flatten() for parameter in model.policy.parameters()]))
-    assert th.allclose(weights[0], weights[1], atol=1e-5)
+    for with_tapes, without in (weights[:2], weights[2:]):
+        assert th.allclose(with_tapes, without, atol=1e-5)
 
 
 def test_the_learning_rate_follows_the_timesteps_of_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,8 +236,8 @@ def test_sde_draws_new_noise_after_every_pull(squash: bool, monkeypatch: pytest.
         assert any(owner is model.policy for owner, _ in calls)  # the model explores with the new noise too
         return [n_envs for owner, n_envs in calls if owner is not model.policy]
 
-    assert draws_of_worker("MlpLstmPolicy", -1) == [2, 2]  # a pull before acting, one between the two chunks
-    assert draws_of_worker("MlpPolicy", 2) == [2, 2, 2, 2]  # and at steps 0 and 2
+    assert draws_of_worker("MlpLstmPolicy", -1) == [2]  # a pull before acting, none between the two chunks
+    assert draws_of_worker("MlpPolicy", 2) == [2, 2, 2]  # and at steps 0 and 2
 
 
 @pytest.mark.parametrize("policy", ["MlpPolicy", "MlpLstmPolicy"])
