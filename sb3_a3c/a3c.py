@@ -365,6 +365,8 @@ class A3C(OnPolicyAlgorithm):
         if self._collector is not None:
             self.logger.record("train/learning_rate", self.lr_schedule(self._current_progress_remaining))
             self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+            if self.verbose >= 1 and (hint := self._collector.take_hint()):
+                print(hint)
             for key, value in self._collector.statistics.pop().items():
                 self.logger.record(key, value)
             if hasattr(self.policy, "log_std"):

@@ -32,6 +32,7 @@ from sb3_a3c.envs import (
     split_env,
     wrappers,
 )
+from sb3_a3c.hints import hint
 from sb3_a3c.inprocess import InProcessWorker
 from sb3_a3c.interrupts import uninterrupted
 from sb3_a3c.normalization import News, merge_news, no_news, options
@@ -140,6 +141,7 @@ class HogwildCollector:
         self._done: set[int] = set()  # workers that make no more rollouts
         self._wrapper_counts: dict[int, WrapperCounts] = {}  # of workers that have said farewell
         self._redirect: Redirect | None = None
+        self._has_hinted = False
         self._n_threads = th.get_num_threads()
         self._workers: _Workers
         if not shares:
@@ -187,6 +189,16 @@ class HogwildCollector:
                 self.statistics.add(self._statistics_of[worker].popleft())
                 self._give_credit(worker)
         return step
+
+    def take_hint(self) -> str | None:
+        """
+        :return: what to tell a user whose settings waste the machine, as the figures since the last log show it; once
+        """
+        if self._has_hinted or self.settings.take_turns:  # with turns, one worker computes while the others wait
+            return None
+        found = hint(self.statistics.pool, len(self._env_indices), _n_cores())
+        self._has_hinted = found is not None
+        return found
 
     def change(self, settings: Settings) -> None:
         """

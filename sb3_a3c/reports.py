@@ -32,6 +32,9 @@ class RolloutStatistics:
     staleness: int = 0
     skipped_updates: int = 0  #: updates dropped because their gradient was not finite
     seconds: dict[str, float] = field(default_factory=dict)  #: time spent acting, stepping, learning, sharing
+    core_seconds: float = 0.0  #: of these, those in which the worker had a core …
+    queue_seconds: float = 0.0  #: … and those in which it could have used one, but others had it; 0 if not known
+    n_threads: int = 1  #: of torch; the pool has the largest
 
 
 @dataclass(frozen=True)
@@ -170,20 +173,34 @@ def _with_array_rows(obs: npt.NDArray[Any], rows: list[tuple[int, int, npt.NDArr
     return obs
 
 
+_SUMS = (
+    "n_transitions",
+    "policy_loss",
+    "value_loss",
+    "entropy",
+    "n_updates",
+    "grad_norm",
+    "staleness",
+    "core_seconds",
+    "queue_seconds",
+)
+
+
 class TrainingStatistics:
     """Pools the statistics of rollouts until the logger asks."""
 
     def __init__(self) -> None:
-        self._pool = RolloutStatistics()
+        self.pool = RolloutStatistics()
         self.skipped_updates = 0  #: since the start; the other figures cover the time since the last ``pop``
 
     def add(self, new: RolloutStatistics) -> None:
         """
         :param new: one rollout's
         """
-        pool = self._pool
+        pool = self.pool
         self.skipped_updates += new.skipped_updates
-        for name in ("n_transitions", "policy_loss", "value_loss", "entropy", "n_updates", "grad_norm", "staleness"):
+        pool.n_threads = max(pool.n_threads, new.n_threads)
+        for name in _SUMS:
             setattr(pool, name, getattr(pool, name) + getattr(new, name))
         pool.return_moments = _added(pool.return_moments, new.return_moments)
         pool.error_moments = _added(pool.error_moments, new.error_moments)
@@ -194,7 +211,7 @@ class TrainingStatistics:
         """
         :return: logger keys and values: A2C's, means per transition; ours, means per update; shares of the workers' time
         """
-        pool, self._pool = self._pool, RolloutStatistics()
+        pool, self.pool = self.pool, RolloutStatistics()
         if pool.n_transitions == 0:
             return {}
         values = {

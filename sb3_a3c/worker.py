@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,7 @@ class ActorLearner:
         """
         self._statistics = RolloutStatistics(seconds=dict.fromkeys(("acting", "stepping", "learning", "sharing"), 0.0))
         self._clock = time.perf_counter()
+        core_seconds, queue_seconds = _scheduled()
         if self.should_stop() or not self._reserve():
             self.counters[self.task.index, Counter.TURNS] = np.iinfo(np.int64).max  # nobody need wait for me again
             return None
@@ -128,6 +130,10 @@ class ActorLearner:
         if rollout is None:
             return None
         self._learn(rollout)
+        now_core_seconds, now_queue_seconds = _scheduled()
+        self._statistics.core_seconds = now_core_seconds - core_seconds
+        self._statistics.queue_seconds = now_queue_seconds - queue_seconds
+        self._statistics.n_threads = th.get_num_threads()
         self.counters[self.task.index, Counter.TURNS] += 1
         return Report(
             env_indices=self.task.env_indices,
@@ -332,6 +338,15 @@ class ActorLearner:
         now = time.perf_counter()
         self._statistics.seconds[activity] += now - self._clock
         self._clock = now
+
+
+def _scheduled() -> tuple[float, float]:
+    """Seconds in which this thread had a core so far, and in which it waited for one. Zeros where there is no Linux."""
+    try:
+        core, queue, _ = Path("/proc/thread-self/schedstat").read_text().split()
+    except OSError:
+        return 0.0, 0.0
+    return 1e-9 * int(core), 1e-9 * int(queue)
 
 
 def _moments(x: npt.NDArray[np.floating]) -> tuple[float, float]:

@@ -64,8 +64,7 @@ def recorded(cnn: BabyCNN, images: th.Tensor, batch: int) -> Tape:
     tape = Tape(cnn, len(images) // batch, batch)
     with th.no_grad():
         for part in th.split(images, batch):
-            features = tape.record(part)
-            assert th.allclose(features, cnn(part), rtol=1e-12)
+            assert th.allclose(tape.record(part), cnn(part), rtol=1e-12, atol=0.01 if cnn.dtype == th.bfloat16 else 0.0)
     return tape
 
 
@@ -140,3 +139,27 @@ def test_each_tape_records_its_environments() -> None:
 def test_160_images_need_53_mb() -> None:
     tape = Tape(BabyCNN(spaces.Box(0, 255, (1, 84, 84), dtype=np.uint8)), 20, 8)
     assert sum(kept.nbytes for kept in tape.kept) / 1e6 == pytest.approx(53, abs=0.5)
+
+
+@pytest.mark.parametrize("taped", [False, True])
+def test_bfloat16_computes_roughly_the_same_with_float32_weights_and_gradients(taped: bool) -> None:
+    exact, rough = BabyCNN(SMALL), BabyCNN(SMALL, dtype=th.bfloat16)
+    rough.load_state_dict(exact.state_dict())
+    images = th.rand(6, 2, 20, 27)
+    features = recorded(rough, images, batch=2).replay() if taped else rough(images)
+    assert features.dtype == th.float32
+    assert not th.equal(features, exact(images))
+    assert th.allclose(features, exact(images), atol=0.01)
+    for output in (exact(images), features):
+        (output * th.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    for mine, reference in zip(rough.parameters(), exact.parameters(), strict=True):
+        assert mine.dtype == th.float32
+        assert mine.grad is not None
+        assert reference.grad is not None
+        assert mine.grad.dtype == th.float32
+        assert float((mine.grad - reference.grad).norm() / reference.grad.norm()) < 0.02
+
+
+def test_other_precisions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"can't compute in torch.float16. Use th.float32 or th.bfloat16"):
+        BabyCNN(SMALL, dtype=th.float16)

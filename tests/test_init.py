@@ -14,6 +14,7 @@ LAYERS = {
     "arguments": {"envs", "policies", "worker"},
     "collector": {
         "envs",
+        "hints",
         "inprocess",
         "interrupts",
         "normalization",
@@ -25,6 +26,7 @@ LAYERS = {
         "supervisor",
         "worker",
     },
+    "hints": {"reports"},
     "inprocess": {"service", "shared", "worker"},
     "service": {"channel", "envs", "normalization", "reports", "shared", "worker"},
     "worker": {"convolutions", "errors", "loss", "policies", "reports", "shared"},

@@ -1,0 +1,152 @@
+"""
+What more workers bring: steps per second with 1, 2 and 4 of them, and the time of ``pull`` and ``push`` when all do it at
+once.
+
+    python examples/benchmarks/scaling.py [--seconds 10] [--repetitions 3]
+
+Pong with A3C's defaults and 8 environments for each worker; even the one worker is a process. Every measurement is a
+process of its own, the repetitions alternate between the numbers of workers, and medians are reported. Then processes
+that do nothing but ``pull`` and ``push``, without a pause: more than workers ever do, since these also act and learn in
+between. Leave the machine alone meanwhile.
+"""
+
+import argparse
+import multiprocessing
+import os
+import pickle
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import numpy.typing as npt
+import torch as th
+from stable_baselines3.common.env_util import make_atari_env
+from throughput import Clock
+
+from sb3_a3c import A3C
+from sb3_a3c.service import keep_freed_memory
+from sb3_a3c.shared import ParameterStore, Replica
+
+ENV = "PongNoFrameskip-v4"
+ENVS_PER_WORKER = 8
+N_WORKERS = (1, 2, 4)
+LSTM_SIZES = (18, 256, 1100)  #: of CnnLstmPolicy: about 0.1, 1.5 and 10 million parameters
+
+
+def train(n_workers: int, seconds: float) -> float:
+    """Steps a second of one training run."""
+    clock = Clock(seconds)
+    A3C("CnnLstmPolicy", make_atari_env(ENV, ENVS_PER_WORKER * n_workers), n_workers=n_workers).learn(10**9, clock)
+    return clock.steps_per_second
+
+
+def pull_and_push(store: ParameterStore, policy: bytes, worker: int, seconds: float, everybody: Any, answers: Any) -> None:
+    """Body of a process: answers with rows of (when it began, seconds of the pull, seconds of the push)."""
+    th.set_num_threads(1)  # as workers do
+    keep_freed_memory()
+    replica_policy = pickle.loads(policy)
+    replica = Replica(store, replica_policy, worker)
+    parameters = list(replica_policy.parameters())
+    gradients = [1e-3 * th.randn_like(parameter) for parameter in parameters]
+    rows: list[tuple[float, float, float]] = []
+    end = float("inf")
+    while (begin := time.perf_counter()) < end:
+        replica.pull()
+        pulled = time.perf_counter()
+        for parameter, gradient in zip(parameters, gradients, strict=True):  # a push uses its gradients up
+            parameter.grad = gradient.clone()
+        filled = time.perf_counter()
+        replica.push()
+        rows.append((begin, pulled - begin, time.perf_counter() - filled))
+        if len(rows) == 1:  # torch imports much at the first step
+            everybody.wait()
+            end = time.perf_counter() + seconds
+    answers.put(np.array(rows[1:]))
+
+
+def time_replicas(lstm_size: int, n_processes: int, seconds: float) -> tuple[int, npt.NDArray[np.float64]]:
+    """
+    :param lstm_size: of the policy
+    :param n_processes: how many pull and push at once
+    :param seconds: for so long
+    :return: number of parameters; seconds of each pull and each push (n, 2), of all processes
+    """
+    env = make_atari_env(ENV, 1)
+    policy = A3C("CnnLstmPolicy", env, policy_kwargs=dict(lstm_hidden_size=lstm_size)).policy
+    env.close()
+    store = ParameterStore(policy, n_processes)
+    context = multiprocessing.get_context("spawn")
+    everybody, answers = context.Barrier(n_processes), context.Queue()
+    processes = [
+        context.Process(target=pull_and_push, args=(store, cloudpickle.dumps(policy), worker, seconds, everybody, answers))
+        for worker in range(n_processes)
+    ]
+    for process in processes:
+        process.start()
+    found: list[npt.NDArray[np.float64]] = [answers.get() for _ in processes]
+    for process in processes:
+        process.join()
+    begin, end = max(rows[0, 0] for rows in found), min(rows[-1, 0] for rows in found)  # while all of them were at it
+    times = np.concatenate([rows[(rows[:, 0] >= begin) & (rows[:, 0] < end), 1:] for rows in found])
+    return sum(parameter.numel() for parameter in policy.parameters()), times
+
+
+def measure(n_workers: int, seconds: float) -> float:
+    """Steps a second of one training run in a process of its own."""
+    command = [sys.executable, __file__, "--only", str(n_workers), "--seconds", str(seconds)]
+    process = subprocess.run(command, check=False, capture_output=True, text=True)
+    if process.returncode != 0:
+        sys.exit(f"{n_workers} workers failed:\n{process.stderr}")
+    return float(process.stdout.splitlines()[-1])
+
+
+def report_rates(seconds: float, repetitions: int) -> None:
+    """Measure and print a table of steps per second."""
+    rates: dict[int, list[float]] = {n_workers: [] for n_workers in N_WORKERS}
+    for _ in range(repetitions):
+        for n_workers, found in rates.items():
+            found.append(measure(n_workers, seconds))
+    one = statistics.median(rates[1])
+    print(f"\n| workers, {ENVS_PER_WORKER} environments each | steps/s | of {repetitions} runs | ÷ 1 worker |")
+    print("|---|---|---|---|")
+    for n_workers, found in rates.items():
+        median, single = statistics.median(found), ", ".join(f"{rate:.0f}" for rate in found)
+        print(f"| {n_workers} | {median:.0f} | {single} | {median / one:.2f} |", flush=True)
+
+
+def report_verbs(seconds: float) -> None:
+    """Measure and print a table of the times of ``pull`` and ``push``."""
+    print("\n| parameters | at once | pull, ms | push, ms | pull + push, ms | of |\n|---|---|---|---|---|---|")
+    for lstm_size in LSTM_SIZES:
+        for n_processes in N_WORKERS:
+            n_parameters, times = time_replicas(lstm_size, n_processes, seconds)
+            pull, push = 1e3 * np.median(times, axis=0)
+            both = 1e3 * np.median(times.sum(axis=1))
+            print(
+                f"| {n_parameters / 1e6:.1f}M | {n_processes} | {pull:.2f} | {push:.2f} | {both:.2f} | {len(times)} |",
+                flush=True,
+            )
+
+
+def main() -> None:
+    """Measure all, or print one result for the process that measures all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each training run; pull and push: a quarter")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--only", type=int, choices=N_WORKERS, help="print the steps a second of one training run")
+    arguments = parser.parse_args()
+    if arguments.only:
+        print(train(arguments.only, arguments.seconds))
+        return
+    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {th.__version__}")
+    report_rates(arguments.seconds, arguments.repetitions)
+    report_verbs(arguments.seconds / 4)
+
+
+if __name__ == "__main__":  # processes import this file
+    main()
