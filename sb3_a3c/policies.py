@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.distributions import CategoricalDistribution, Distribution
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import (
@@ -77,8 +77,14 @@ class _Memoryless:
     def act(
         self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tapes: Sequence[Tape] = ()
     ) -> tuple[th.Tensor, th.Tensor, LstmState]:
-        actions, values, _ = self.policy(obs)
-        return actions, values, state
+        policy = self.policy
+        if type(policy).forward is not ActorCriticPolicy.forward:
+            actions, values, _ = policy(obs)
+            return actions, values, state
+        features: Any = policy.extract_features(obs)
+        for_actor, for_critic = (features, features) if policy.share_features_extractor else features
+        values = policy.value_net(policy.mlp_extractor.forward_critic(for_critic))
+        return _sample(policy, policy.mlp_extractor.forward_actor(for_actor)), values, state
 
     def predict_values(self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor) -> th.Tensor:
         return self.policy.predict_values(obs)
@@ -87,6 +93,24 @@ class _Memoryless:
         self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor, tape: Tape | None = None
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         return self.policy.evaluate_actions(obs, actions)
+
+
+def _sample(policy: ActorCriticPolicy, latent: th.Tensor) -> th.Tensor:
+    """
+    Actions, at a fraction of the time that ``torch.distributions`` needs for a small batch.
+
+    :param policy: whose actions
+    :param latent: what its head for actions gets, (n_envs, …)
+    :return: (n_envs, …)
+    """
+    assert policy.action_space.shape is not None
+    ours = type(policy)._get_action_dist_from_latent is ActorCriticPolicy._get_action_dist_from_latent
+    if ours and type(policy.action_dist) is CategoricalDistribution:
+        logits: th.Tensor = policy.action_net(latent)
+        # Gumbel-max: minus the logarithm of exponential noise is Gumbel noise, and logits need not be normalized
+        return (logits - th.empty_like(logits).exponential_().log_()).argmax(dim=1)
+    actions = policy._get_action_dist_from_latent(latent).get_actions()
+    return actions.reshape((-1, *policy.action_space.shape))
 
 
 def to_env_actions(policy: ActorCriticPolicy, actions: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -279,7 +303,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tapes: Sequence[Tape] = ()
     ) -> tuple[th.Tensor, th.Tensor, LstmState]:
         """
-        What a worker needs of a step: as :meth:`forward`, without log-probabilities.
+        What a worker needs of a step, without log-probabilities.
 
         :param obs: (n_envs, …)
         :param state: state before the step
@@ -288,9 +312,9 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :return: actions (n_envs, …), values (n_envs, 1), and the state after the step
         """
         features = self.extract_features(obs, functools.partial(record, tapes) if tapes else None)
-        distribution, values, state = self._outputs(features, state, episode_starts[None])
-        assert self.action_space.shape is not None
-        return distribution.get_actions().reshape((-1, *self.action_space.shape)), values, state
+        latent, state = self._remember(features, state, episode_starts[None])
+        values: th.Tensor = self.value_net(self.mlp_extractor.forward_critic(latent))
+        return _sample(self, self.mlp_extractor.forward_actor(latent)), values, state
 
     def _outputs(
         self, features: th.Tensor, state: LstmState, episode_starts: th.Tensor

@@ -4,11 +4,12 @@ Environment steps per second on Atari games: A3C, and what one would use instead
     python examples/benchmarks/throughput.py [--games Pong Breakout] [--seconds 20] [--repetitions 3]
 
 A step is one decision of the agent (four emulator frames). Every measurement is a process of its own; the repetitions
-alternate between the contestants, and medians are reported. Rates start after a warm-up and cover whole rollouts. Leave
-the machine alone meanwhile.
+alternate between the contestants, and medians are reported. Rates start after a warm-up and cover whole rollouts. "Native"
+is ``sb3_a3c.atari.make_ale_vec_env``; all others play in SB3's ``make_atari_env``. Leave the machine alone meanwhile.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -30,9 +31,10 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.logger import KVWriter, Logger
-from stable_baselines3.common.vec_env import SubprocVecEnv
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from sb3_a3c import A3C
+from sb3_a3c.atari import make_ale_vec_env
 from sb3_a3c.policies import CnnLstmPolicy
 from sb3_a3c.service import keep_freed_memory
 
@@ -41,6 +43,7 @@ gym.register_envs(ale_py)
 N_ENVS = 16
 WARM_UP = 2000  # steps that are not timed
 Result = dict[str, float]
+MakeEnv = Callable[..., VecEnv]
 
 
 class Clock(BaseCallback):
@@ -91,9 +94,10 @@ def timed(model: BaseAlgorithm, seconds: float) -> Result:
     return result
 
 
-def a3c(env_id: str, seconds: float) -> Result:
+def a3c(env_id: str, seconds: float, make_env: MakeEnv = make_atari_env, dtype: th.dtype = th.float32) -> Result:
     """With the settings of ``train_atari.py``, which are the defaults."""
-    return timed(A3C("CnnLstmPolicy", make_atari_env(env_id, N_ENVS)), seconds)
+    policy_kwargs = dict(features_extractor_kwargs=dict(dtype=dtype))
+    return timed(A3C("CnnLstmPolicy", make_env(env_id, N_ENVS), policy_kwargs=policy_kwargs), seconds)
 
 
 def a2c(env_id: str, seconds: float, n_threads: int | None = None, **kwargs: Any) -> Result:
@@ -123,14 +127,14 @@ def classic(env_id: str, seconds: float) -> Result:
     return {"steps/s": classic_steps_per_second(env_id, len(os.sched_getaffinity(0)), seconds)}
 
 
-def lower_bound(env_id: str, seconds: float) -> Result:
+def lower_bound(env_id: str, seconds: float, make_env: MakeEnv = make_atari_env) -> Result:
     """
     What one core can't beat, in microseconds a step: the bare environment, and one forward and one backward pass of the
     network at the batch at which they are fastest. Nothing is acted upon, shared or reported.
     """
     th.set_num_threads(1)
     keep_freed_memory()
-    env = make_atari_env(env_id, 1)
+    env = make_env(env_id, 1)
     env.reset()
     actions = [np.array([env.action_space.sample()]) for _ in range(1000)]
     n_steps, begin = 0, time.perf_counter()
@@ -165,13 +169,16 @@ def _network_microseconds(policy: CnnLstmPolicy, n_envs: int, seconds: float, n_
 
 CONTESTANTS: dict[str, Callable[[str, float], Result]] = {
     "A3C": a3c,
+    "A3C, native": functools.partial(a3c, make_env=make_ale_vec_env),
+    "A3C, native, bfloat16": functools.partial(a3c, make_env=make_ale_vec_env, dtype=th.bfloat16),
     "A2C Dummy": a2c,
-    "A2C Dummy, 1 thread": lambda env_id, seconds: a2c(env_id, seconds, n_threads=1),
-    "A2C Subproc": lambda env_id, seconds: a2c(env_id, seconds, vec_env_cls=SubprocVecEnv),
-    "A2C Subproc, 1 thread": lambda env_id, seconds: a2c(env_id, seconds, n_threads=1, vec_env_cls=SubprocVecEnv),
+    "A2C Dummy, 1 thread": functools.partial(a2c, n_threads=1),
+    "A2C Subproc": functools.partial(a2c, vec_env_cls=SubprocVecEnv),
+    "A2C Subproc, 1 thread": functools.partial(a2c, n_threads=1, vec_env_cls=SubprocVecEnv),
     "RecurrentPPO": recurrent_ppo,
     "classic A3C": classic,
     "lower bound": lower_bound,
+    "lower bound, native": functools.partial(lower_bound, make_env=make_ale_vec_env),
 }
 
 
@@ -194,15 +201,20 @@ def report(game: str, results: dict[str, list[Result]]) -> None:
     for name, runs in results.items():
         single = ", ".join(f"{one['steps/s']:.0f}" for one in runs)
         print(f"| {name} | {rates[name]:.0f} | {single} | {rates[name] / reference:.2f} |")
-    parts = {key: value for key, value in medians["A3C"].items() if key != "steps/s"}
     n_cores = len(os.sched_getaffinity(0))
-    parts["reporting and waiting"] = 1e6 * n_cores / rates["A3C"] - sum(parts.values())
-    print("A3C, µs of a worker for each step: " + ", ".join(f"{key} {value:.0f}" for key, value in parts.items()))
-    bound = medians["lower bound"]
-    print(f"Lower bound: emulator {bound['emulator']:.0f}, network {bound['network']:.0f}")
-    print(
-        f"A3C ÷ lower bound: {rates['A3C'] / rates['lower bound']:.2f}; ÷ classic: {rates['A3C'] / rates['classic A3C']:.2f}"
-    )
+    print("\n| µs of a worker for each step | A3C | A3C, native | A3C, native, bfloat16 |\n|---|---|---|---|")
+    columns = []
+    for name in ("A3C", "A3C, native", "A3C, native, bfloat16"):
+        parts = {key: value for key, value in medians[name].items() if key != "steps/s"}
+        columns.append({**parts, "reporting and waiting": 1e6 * n_cores / rates[name] - sum(parts.values())})
+    for key in columns[0]:
+        print(f"| {key} | " + " | ".join(f"{column[key]:.0f}" for column in columns) + " |")
+    for suffix in ("", ", native"):
+        bound, a3c_rate = medians[f"lower bound{suffix}"], rates[f"A3C{suffix}"]
+        print(
+            f"\nLower bound{suffix}: emulator {bound['emulator']:.0f}, network {bound['network']:.0f} µs. "
+            f"A3C{suffix} ÷ it: {a3c_rate / bound['steps/s']:.2f}; ÷ classic A3C: {a3c_rate / rates['classic A3C']:.2f}"
+        )
 
 
 def main() -> None:
