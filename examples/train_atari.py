@@ -12,23 +12,19 @@ Timesteps are decisions of the agent, each four frames of the emulator.
 import argparse
 from pathlib import Path
 
-import ale_py
-import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
-from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage
 
 from sb3_a3c import A3C
-
-gym.register_envs(ale_py)
+from sb3_a3c.atari import make_ale_vec_env
 
 
 def full_games(env_id: str, n_envs: int, seed: int, render_mode: str = "rgb_array") -> VecEnv:
     """Environments for evaluation: rewards are not clipped, and a game ends when all lives are lost."""
     kwargs = {"terminal_on_life_loss": False, "clip_reward": False}
-    env = make_atari_env(env_id, n_envs, seed, wrapper_kwargs=kwargs, env_kwargs={"render_mode": render_mode})
+    env = make_ale_vec_env(env_id, n_envs, seed, wrapper_kwargs=kwargs, env_kwargs={"render_mode": render_mode})
     return VecTransposeImage(env)
 
 
@@ -41,7 +37,7 @@ def newest(folder: Path) -> Path:
 
 def train(args: argparse.Namespace, folder: Path) -> None:
     monitor_kwargs = {"override_existing": not args.resume}
-    env = make_atari_env(args.env, args.n_envs, args.seed, monitor_dir=str(folder), monitor_kwargs=monitor_kwargs)
+    env = make_ale_vec_env(args.env, args.n_envs, args.seed, monitor_dir=str(folder), monitor_kwargs=monitor_kwargs)
     settings = {"n_workers": args.n_workers, "verbose": 1, "tensorboard_log": str(folder), "seed": args.seed}
     model = A3C.load(newest(folder), env, **settings) if args.resume else A3C("CnnLstmPolicy", env, **settings)
     # callbacks are called once every n_envs timesteps

@@ -19,7 +19,7 @@ from sb3_a3c.envs import clone_env, pending_options, pending_seeds, unobserved
 from sb3_a3c.interrupts import uninterrupted
 from sb3_a3c.policies import CnnLstmPolicy, CnnPolicy, MlpLstmPolicy, MlpPolicy, MultiInputLstmPolicy, MultiInputPolicy
 from sb3_a3c.shared import check_optimizer
-from sb3_a3c.worker import Settings
+from sb3_a3c.task import Settings
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
 

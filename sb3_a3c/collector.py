@@ -42,7 +42,7 @@ from sb3_a3c.service import Change, Close, Credit, Done, EnvCall, Farewell, Prog
 from sb3_a3c.shared import ParameterStore
 from sb3_a3c.subproc import take_back
 from sb3_a3c.supervisor import Supervisor
-from sb3_a3c.worker import Settings, WorkerTask
+from sb3_a3c.task import Settings, WorkerTask
 
 #: So many rollouts of one worker may wait for the others' before they fill the others' rows; one more is on its way.
 MAX_ROLLOUTS_WAITING = 3

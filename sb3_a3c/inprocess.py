@@ -11,7 +11,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.service import Change, Progress
 from sb3_a3c.shared import ParameterStore
-from sb3_a3c.worker import ActorLearner, WorkerTask
+from sb3_a3c.task import WorkerTask
+from sb3_a3c.worker import ActorLearner
 
 
 class InProcessWorker:

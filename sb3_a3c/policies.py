@@ -8,13 +8,13 @@ to (n_steps * n_envs, …); ``episode_starts`` is (n_steps, n_envs) and tells bo
 import functools
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import CategoricalDistribution, Distribution
+from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import (
@@ -26,6 +26,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from sb3_a3c.actions import sample_actions, to_env_actions
 from sb3_a3c.convolutions import BabyCNN, Tape, new_tapes, record
 
 #: Hidden and cell state, each (n_lstm_layers, n_envs, lstm_hidden_size); empty for a policy without memory.
@@ -34,100 +35,6 @@ LstmState = tuple[th.Tensor, ...]
 MlpPolicy = ActorCriticPolicy
 CnnPolicy = ActorCriticCnnPolicy
 MultiInputPolicy = MultiInputActorCriticPolicy
-
-
-class RecurrentPolicy(Protocol):
-    """What a worker asks of a policy: everything takes the memory before it, and acting returns the memory after it."""
-
-    def initial_state(self, n_envs: int) -> LstmState: ...
-
-    def new_tapes(self, n_steps: int, chunks: Sequence[int]) -> list[Tape]: ...
-
-    def act(
-        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tapes: Sequence[Tape] = ()
-    ) -> tuple[th.Tensor, th.Tensor, LstmState]: ...
-
-    def predict_values(self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor) -> th.Tensor: ...
-
-    def evaluate_actions(
-        self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor, tape: Tape | None = None
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]: ...
-
-
-def as_recurrent(policy: ActorCriticPolicy) -> RecurrentPolicy:
-    """
-    :param policy: one of ours, or any feed-forward ``ActorCriticPolicy``
-    :return: the same policy behind the recurrent calling convention; a feed-forward one has an empty memory
-    """
-    return policy if isinstance(policy, LstmActorCriticPolicy) else _Memoryless(policy)
-
-
-class _Memoryless:
-    """A feed-forward policy in the recurrent calling convention."""
-
-    def __init__(self, policy: ActorCriticPolicy) -> None:
-        self.policy = policy
-
-    def initial_state(self, n_envs: int) -> LstmState:
-        return ()
-
-    def new_tapes(self, n_steps: int, chunks: Sequence[int]) -> list[Tape]:
-        return []
-
-    def act(
-        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tapes: Sequence[Tape] = ()
-    ) -> tuple[th.Tensor, th.Tensor, LstmState]:
-        policy = self.policy
-        if type(policy).forward is not ActorCriticPolicy.forward:
-            actions, values, _ = policy(obs)
-            return actions, values, state
-        features: Any = policy.extract_features(obs)
-        for_actor, for_critic = (features, features) if policy.share_features_extractor else features
-        values = policy.value_net(policy.mlp_extractor.forward_critic(for_critic))
-        return _sample(policy, policy.mlp_extractor.forward_actor(for_actor)), values, state
-
-    def predict_values(self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor) -> th.Tensor:
-        return self.policy.predict_values(obs)
-
-    def evaluate_actions(
-        self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor, tape: Tape | None = None
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        return self.policy.evaluate_actions(obs, actions)
-
-
-def _sample(policy: ActorCriticPolicy, latent: th.Tensor) -> th.Tensor:
-    """
-    Actions, at a fraction of the time that ``torch.distributions`` needs for a small batch.
-
-    :param policy: whose actions
-    :param latent: what its head for actions gets, (n_envs, …)
-    :return: (n_envs, …)
-    """
-    assert policy.action_space.shape is not None
-    ours = type(policy)._get_action_dist_from_latent is ActorCriticPolicy._get_action_dist_from_latent
-    if ours and type(policy.action_dist) is CategoricalDistribution:
-        logits: th.Tensor = policy.action_net(latent)
-        # Gumbel-max: minus the logarithm of exponential noise is Gumbel noise, and logits need not be normalized
-        return (logits - th.empty_like(logits).exponential_().log_()).argmax(dim=1)
-    actions = policy._get_action_dist_from_latent(latent).get_actions()
-    return actions.reshape((-1, *policy.action_space.shape))
-
-
-def to_env_actions(policy: ActorCriticPolicy, actions: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """
-    What the environment gets for the policy's actions, as in A2C: squashed actions are scaled to the bounds of the
-    action space, Gaussian ones are clipped to them, discrete ones are passed on.
-
-    :param actions: (n_envs, …)
-    :return: (n_envs, …)
-    """
-    if not isinstance(policy.action_space, spaces.Box):
-        return actions
-    if policy.squash_output:
-        scaled: npt.NDArray[Any] = policy.unscale_action(actions)
-        return scaled
-    clipped: npt.NDArray[Any] = np.clip(actions, policy.action_space.low, policy.action_space.high)
-    return clipped
 
 
 class LstmActorCriticPolicy(ActorCriticPolicy):
@@ -314,7 +221,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         features = self.extract_features(obs, functools.partial(record, tapes) if tapes else None)
         latent, state = self._remember(features, state, episode_starts[None])
         values: th.Tensor = self.value_net(self.mlp_extractor.forward_critic(latent))
-        return _sample(self, self.mlp_extractor.forward_actor(latent)), values, state
+        return sample_actions(self, self.mlp_extractor.forward_actor(latent)), values, state
 
     def _outputs(
         self, features: th.Tensor, state: LstmState, episode_starts: th.Tensor

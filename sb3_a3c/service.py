@@ -28,7 +28,8 @@ from sb3_a3c.envs import EnvShare, WrapperCounts, wrapper_counts
 from sb3_a3c.normalization import News, keep_news, merge_news, set_options, take_news
 from sb3_a3c.reports import Report
 from sb3_a3c.shared import ParameterStore
-from sb3_a3c.worker import ActorLearner, Settings
+from sb3_a3c.task import Settings
+from sb3_a3c.worker import ActorLearner
 
 #: Seconds between two looks of a worker that waits for its turn.
 TURN_SECONDS = 1e-4

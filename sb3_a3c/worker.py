@@ -19,50 +19,21 @@ import numpy.typing as npt
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import obs_as_tensor, set_random_seed, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_a3c.actions import to_env_actions
 from sb3_a3c.convolutions import Tape
 from sb3_a3c.errors import DivergenceError
 from sb3_a3c.loss import a3c_loss, advantages_and_returns, bootstrap_time_limits
-from sb3_a3c.policies import LstmState, as_recurrent, to_env_actions
+from sb3_a3c.policies import LstmState
+from sb3_a3c.recurrent import as_recurrent
 from sb3_a3c.reports import Obs, Report, RolloutStatistics
 from sb3_a3c.shared import Counter, ParameterStore, Replica
+from sb3_a3c.task import WorkerTask
 
 #: So many updates in a row without a finite gradient end the training.
 MAX_SKIPPED_UPDATES = 100
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The hyper-parameters of a worker; the names are those of :class:`sb3_a3c.A3C`."""
-
-    n_steps: int
-    gamma: float
-    gae_lambda: float
-    ent_coef: float
-    vf_coef: float
-    max_grad_norm: float
-    normalize_advantage: bool
-    use_sde: bool
-    sde_sample_freq: int
-    envs_per_update: int
-    take_turns: bool
-    lr_schedule: Schedule
-
-
-@dataclass(frozen=True)
-class WorkerTask:
-    """All that a worker knows at its start. Units are agent steps (transitions)."""
-
-    index: int
-    seed: int
-    env_indices: tuple[int, ...]  #: of the user's environments, those that are this worker's
-    policy: bytes  #: pickled
-    settings: Settings
-    steps_before: int  #: transitions made in earlier calls of ``learn``
-    total_steps: int  #: goal, ``steps_before`` included
 
 
 @dataclass

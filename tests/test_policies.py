@@ -14,8 +14,10 @@ from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_a3c import CnnLstmPolicy, MlpLstmPolicy, MultiInputLstmPolicy
+from sb3_a3c.actions import to_env_actions
 from sb3_a3c.convolutions import BabyCNN
-from sb3_a3c.policies import LstmActorCriticPolicy, LstmState, as_recurrent, to_env_actions
+from sb3_a3c.policies import LstmActorCriticPolicy, LstmState
+from sb3_a3c.recurrent import as_recurrent
 
 VECTOR = spaces.Box(-np.inf, np.inf, (3,))
 IMAGE = spaces.Box(0, 255, (1, 84, 84), dtype=np.uint8)

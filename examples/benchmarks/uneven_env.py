@@ -4,9 +4,9 @@ Environments whose steps take different times, where nobody should wait for the 
     python examples/benchmarks/uneven_env.py [--seconds 15] [--repetitions 3]
 
 Three kinds of latency, with MlpPolicy on 16 environments: exponential with a mean of 2 ms; 2 ms, but 20 ms in one
-environment; and 20 ms in each of 32 environments against 20 ms in one. The latency is slept, so it needs no cores. Both
-algorithms drive the same ``SubprocVecEnv``; A3C has one worker for each environment, as in the paper. Medians of alternating
-repetitions.
+environment; and 20 ms in each of 32 environments against 20 ms in one. The latency is slept, so it needs no cores. A2C has
+a ``SubprocVecEnv``; A3C has one worker for each environment, as in the paper, and needs none. Rollouts of both are
+20 steps long. Medians of alternating repetitions.
 """
 
 import argparse
@@ -23,10 +23,11 @@ from gymnasium import spaces
 from stable_baselines3 import A2C
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import SubprocVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_a3c import A3C
 
+N_STEPS = 20
 Latency = Callable[[np.random.Generator], float]  # seconds of one step
 
 
@@ -80,12 +81,15 @@ class Clock(BaseCallback):
 
 def steps_per_second(algorithm: str, latencies: list[Latency], seconds: float) -> float:
     """Of one training run."""
-    env = SubprocVecEnv([functools.partial(Slow, latency) for latency in latencies])
+    make_envs: list[Callable[[], gym.Env[Any, Any]]] = [functools.partial(Slow, latency) for latency in latencies]
+    env: VecEnv
     model: BaseAlgorithm
     if algorithm == "A3C":
-        model = A3C("MlpPolicy", env, n_steps=5, n_workers=env.num_envs)
+        env = DummyVecEnv(make_envs)
+        model = A3C("MlpPolicy", env, n_steps=N_STEPS, n_workers=env.num_envs)
     else:
-        model = A2C("MlpPolicy", env, device="cpu")
+        env = SubprocVecEnv(make_envs)
+        model = A2C("MlpPolicy", env, n_steps=N_STEPS, device="cpu")
     clock = Clock(seconds)
     model.learn(10**9, clock)
     env.close()

@@ -1,0 +1,45 @@
+"""From what a policy's heads compute to what environments get."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import CategoricalDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+
+def sample_actions(policy: ActorCriticPolicy, latent: th.Tensor) -> th.Tensor:
+    """
+    Actions, at a fraction of the time that ``torch.distributions`` needs for a small batch.
+
+    :param policy: whose actions
+    :param latent: what its head for actions gets, (n_envs, …)
+    :return: (n_envs, …)
+    """
+    assert policy.action_space.shape is not None
+    ours = type(policy)._get_action_dist_from_latent is ActorCriticPolicy._get_action_dist_from_latent
+    if ours and type(policy.action_dist) is CategoricalDistribution:
+        logits: th.Tensor = policy.action_net(latent)
+        # Gumbel-max: minus the logarithm of exponential noise is Gumbel noise, and logits need not be normalized
+        return (logits - th.empty_like(logits).exponential_().log_()).argmax(dim=1)
+    actions = policy._get_action_dist_from_latent(latent).get_actions()
+    return actions.reshape((-1, *policy.action_space.shape))
+
+
+def to_env_actions(policy: ActorCriticPolicy, actions: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """
+    What the environment gets for the policy's actions, as in A2C: squashed actions are scaled to the bounds of the
+    action space, Gaussian ones are clipped to them, discrete ones are passed on.
+
+    :param actions: (n_envs, …)
+    :return: (n_envs, …)
+    """
+    if not isinstance(policy.action_space, spaces.Box):
+        return actions
+    if policy.squash_output:
+        scaled: npt.NDArray[Any] = policy.unscale_action(actions)
+        return scaled
+    clipped: npt.NDArray[Any] = np.clip(actions, policy.action_space.low, policy.action_space.high)
+    return clipped
