@@ -22,8 +22,9 @@ def sample_actions(policy: ActorCriticPolicy, latent: th.Tensor) -> th.Tensor:
     ours = type(policy)._get_action_dist_from_latent is ActorCriticPolicy._get_action_dist_from_latent
     if ours and type(policy.action_dist) is CategoricalDistribution:
         logits: th.Tensor = policy.action_net(latent)
-        # Gumbel-max: minus the logarithm of exponential noise is Gumbel noise, and logits need not be normalized
-        return (logits - th.empty_like(logits).exponential_().log_()).argmax(dim=1)
+        if logits.sum().isfinite():  # else torch.distributions shall say what is wrong
+            # Gumbel-max: minus the logarithm of exponential noise is Gumbel noise, and logits need not be normalized
+            return (logits - th.empty_like(logits).exponential_().log_()).argmax(dim=1)
     actions = policy._get_action_dist_from_latent(latent).get_actions()
     return actions.reshape((-1, *policy.action_space.shape))
 

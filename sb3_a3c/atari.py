@@ -43,6 +43,9 @@ except ImportError as error:
 
 gym.register_envs(ale_py)
 
+#: Of the 103 games that come with ALE 0.12.1, those whose grey levels it gets wrong by more than 1: they are read in colour.
+_WRONG_GREYS = ("air_raid",)
+
 #: Arguments of ALE's environments that say what an observation or an action is.
 _FIXED_ENV_KWARGS = ("obs_type", "sound_obs", "continuous")
 
@@ -61,8 +64,9 @@ class GreyFrames(gym.Wrapper[Any, Any, Any, Any]):
         self.observation_space = spaces.Box(0, 255, (size, size, 1), np.uint8)
         self._skip = skip
         screen: tuple[int, int] = self._ale.getScreenDims()
+        self._in_colour = env.unwrapped.spec is not None and env.unwrapped.spec.kwargs["game"] in _WRONG_GREYS
         # as in SB3 not cleared by a reset: a step that the end of the game cuts short shows what was there before
-        self._last_two = np.zeros((2, *screen), dtype=np.uint8)
+        self._last_two = np.zeros((2, *screen, 3) if self._in_colour else (2, *screen), dtype=np.uint8)
         self._frame = np.zeros(screen, dtype=np.uint8)
         self._picture = np.zeros((size, size), dtype=np.uint8)  # of that frame
         # when it is shrunk, 5 lines of 210 become 2 of 84 and depend on no others; enlarged, lines depend on neighbours
@@ -74,7 +78,7 @@ class GreyFrames(gym.Wrapper[Any, Any, Any, Any]):
         :return: the first frame, information
         """
         _, info = self.env.reset(**kwargs)
-        return self._warped(self._ale.getScreenGrayscale()), info
+        return self._warped(_grey(self._ale.getScreenRGB())), info
 
     def step(self, action: Any) -> tuple[npt.NDArray[np.uint8], float, bool, bool, dict[str, Any]]:
         """
@@ -85,11 +89,13 @@ class GreyFrames(gym.Wrapper[Any, Any, Any, Any]):
         for frame in range(-self._skip, 0):
             _, reward, terminated, truncated, info = self.env.step(action)
             if frame >= -2:
-                self._ale.getScreenGrayscale(self._last_two[frame])
+                read = self._ale.getScreenRGB if self._in_colour else self._ale.getScreenGrayscale
+                read(self._last_two[frame])
             total_reward += float(reward)
             if terminated or truncated:
                 break
-        return self._warped(np.maximum(*self._last_two)), total_reward, terminated, truncated, info
+        shown = np.maximum(*self._last_two)
+        return self._warped(_grey(shown) if self._in_colour else shown), total_reward, terminated, truncated, info
 
     @property
     def _ale(self) -> Any:
@@ -109,6 +115,12 @@ class GreyFrames(gym.Wrapper[Any, Any, Any, Any]):
             self._picture.reshape(n_stripes, -1, size)[changed] = resized.reshape(changed.size, -1, size)
             self._frame = frame
         return self._picture[:, :, None].copy()  # (size, size) -> (size, size, 1)
+
+
+def _grey(frame: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """(height, width, 3) -> (height, width)"""
+    grey: Any = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+    return grey  # type: ignore[no-any-return]
 
 
 def ale_wrapper(

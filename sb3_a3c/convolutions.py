@@ -57,12 +57,40 @@ class BabyCNN(BaseFeaturesExtractor):
         for in_channels in (n_channels, 32, 32, 32):
             layers += [nn.Conv2d(in_channels, 32, kernel_size=3, stride=2, padding=1), nn.ELU(inplace=True)]
         self.cnn = nn.Sequential(*layers, nn.Flatten())
+        self._made_layers = repr(self.cnn)
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         # (batch, n_channels, height, width) -> (batch, features_dim)
-        with th.autocast("cpu", self.dtype, enabled=self.dtype == th.bfloat16):
-            parts = [self.cnn(images) for images in th.split(observations, IMAGES_AT_ONCE)]
-        return th.cat(parts).to(observations.dtype)
+        if self.dtype == th.float32:
+            return self._in_slices(observations)
+        with th.autocast("cpu", self.dtype):
+            return self._in_slices(observations).to(observations.dtype)
+
+    def _in_slices(self, observations: th.Tensor) -> th.Tensor:
+        parts = [self.cnn(images) for images in th.split(observations, IMAGES_AT_ONCE)]
+        return th.cat(parts) if len(parts) > 1 else parts[0]
+
+    def is_original(self) -> bool:
+        """:return: whether the layers are those of the constructor, without hooks, parametrizations or methods of others"""
+        modules = (self.cnn, *self.cnn)
+        same = repr(self.cnn) == self._made_layers and all(is_plain(module, type(module)) for module in modules)
+        return same and is_plain(self, BabyCNN)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """
+    :param module: any
+    :param kind: a class
+    :return: whether the module computes what its class says: no subclass, no hooks, no ``forward`` of its own
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks) and "forward" not in vars(module)
+
+
+def tape_dtype(cnn: BabyCNN) -> th.dtype:
+    """:return: the precision in which the layers compute: as autocast, bfloat16 instead of float32 only"""
+    dtype = next(cnn.parameters()).dtype
+    return cnn.dtype if dtype == th.float32 else dtype
 
 
 class Tape:
@@ -79,7 +107,7 @@ class Tape:
         self.n_recorded = 0
         self.parameters = list(cnn.cnn.parameters())  # weight, bias, weight, bias, …
         weight = self.parameters[-2]
-        self.dtype = cnn.dtype if cnn.dtype == th.bfloat16 else weight.dtype
+        self.dtype = tape_dtype(cnn)
         self.layers: list[tuple[th.Tensor, th.Tensor]] = []  #: weights and biases in that precision
         order = th.channels_last if weight.is_contiguous(memory_format=th.channels_last) else th.contiguous_format
         #: the images, and what each layer made of them: (n_images, n_channels, height, width)
@@ -173,12 +201,13 @@ def new_tapes(extractor: BaseFeaturesExtractor, n_steps: int, chunks: Sequence[i
     :param extractor: of a policy
     :param n_steps: that a rollout has
     :param chunks: numbers of environments that are learned from at a time
-    :return: a tape for each chunk; none where the extractor is not :class:`BabyCNN` itself or they would be too large
+    :return: a tape for each chunk; none where the extractor is not :class:`BabyCNN` as it was made, or they would be too
+        large
     """
-    if type(extractor) is not BabyCNN:
+    if not isinstance(extractor, BabyCNN) or not extractor.is_original():
         return []
     numbers = n_steps * sum(chunks) * sum(math.prod(shape) for shape in extractor.shapes)
-    if numbers * extractor.dtype.itemsize > MAX_TAPE_BYTES:
+    if numbers * tape_dtype(extractor).itemsize > MAX_TAPE_BYTES:
         return []
     return [Tape(extractor, n_steps, n_envs) for n_envs in chunks]
 

@@ -26,10 +26,9 @@ def hint(pool: RolloutStatistics, n_workers: int, n_cores: int) -> str | None:
         )
     share = computing_share(pool)
     if share > COMPUTE_BOUND and n_workers * share > TOO_MANY * n_cores:
-        enough = round(n_cores / share)
         return (
             f"n_workers={n_workers} on {n_cores} cores: more workers than keep the cores busy only compete for them. Try "
-            f"n_workers={enough}."
+            f"n_workers={int(n_cores / share)}."
         )
     return None
 

@@ -27,7 +27,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_a3c.actions import sample_actions, to_env_actions
-from sb3_a3c.convolutions import BabyCNN, Tape, new_tapes, record
+from sb3_a3c.convolutions import BabyCNN, Tape, is_plain, new_tapes, record
 
 #: Hidden and cell state, each (n_lstm_layers, n_envs, lstm_hidden_size); empty for a policy without memory.
 LstmState = tuple[th.Tensor, ...]
@@ -151,7 +151,10 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :return: for each chunk what saves :meth:`evaluate_actions` a second pass through the features extractor; none if
             that can't be
         """
-        ours = type(self).extract_features is LstmActorCriticPolicy.extract_features
+        ours = all(
+            getattr(type(self), name) is getattr(LstmActorCriticPolicy, name)
+            for name in ("extract_features", "forward", "evaluate_actions")
+        )
         return new_tapes(self.features_extractor, n_steps, chunks) if ours else []
 
     def _remember(self, features: th.Tensor, state: LstmState, episode_starts: th.Tensor) -> tuple[th.Tensor, LstmState]:
@@ -165,7 +168,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :return: outputs (n_steps * n_envs, lstm_hidden_size), and the state after the last step
         """
         n_steps, n_envs = episode_starts.shape
-        if n_steps == 1 and not (th.is_grad_enabled() or self.lstm.training):
+        if n_steps == 1 and not (th.is_grad_enabled() or self.lstm.training) and is_plain(self.lstm, nn.LSTM):
             return self._remember_step(features, tuple(part.masked_fill(episode_starts[..., None], 0.0) for part in state))
         sequence = features.reshape(n_steps, n_envs, -1)  # (n_steps * n_envs, F) -> (n_steps, n_envs, F)
         cuts = (episode_starts[1:].any(dim=1).nonzero().flatten() + 1).tolist()
@@ -218,9 +221,12 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :param tapes: record the step for :meth:`evaluate_actions`
         :return: actions (n_envs, …), values (n_envs, 1), and the state after the step
         """
+        if type(self).forward is not LstmActorCriticPolicy.forward:
+            actions, values, _, state = self.forward(obs, state, episode_starts)
+            return actions, values, state
         features = self.extract_features(obs, functools.partial(record, tapes) if tapes else None)
         latent, state = self._remember(features, state, episode_starts[None])
-        values: th.Tensor = self.value_net(self.mlp_extractor.forward_critic(latent))
+        values = self.value_net(self.mlp_extractor.forward_critic(latent))
         return sample_actions(self, self.mlp_extractor.forward_actor(latent)), values, state
 
     def _outputs(

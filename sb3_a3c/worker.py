@@ -261,7 +261,7 @@ class ActorLearner:
             actions,
             tuple(part[:, chunk].contiguous() for part in rollout.first_state),
             rollout.episode_starts[:, chunk],
-            tape,
+            **({} if tape is None else {"tape": tape}),
         )
         terms = a3c_loss(
             values.reshape(shape),  # (T * n, 1) -> (T, n)

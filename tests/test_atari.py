@@ -109,6 +109,11 @@ def compare(env_id: str, n_steps: int, n_envs: int = 1, **kwargs: Any) -> Compar
     return comparison
 
 
+def test_a_game_for_which_ale_has_wrong_grey_levels() -> None:
+    comparison = compare("AirRaidNoFrameskip-v4", 100, wrapper_kwargs={"noop_max": 0})
+    assert comparison.levels[0] == comparison.levels.sum() > 0
+
+
 @pytest.mark.parametrize("env_id", [PONG, BREAKOUT, INVADERS])
 def test_games_are_those_of_make_atari_env(env_id: str) -> None:
     comparison = compare(env_id, 1500, wrapper_kwargs={"noop_max": 0})

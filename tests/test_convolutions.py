@@ -1,5 +1,6 @@
 """The convolutions of baby-a3c; a tape's backward pass is that of the convolutions themselves."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,30 @@ def test_tapes_are_for_baby_cnn_itself_and_not_too_long(monkeypatch: pytest.Monk
     monkeypatch.setattr(convolutions, "MAX_TAPE_BYTES", sum(kept.nbytes for tape in tapes for kept in tape.kept))
     assert len(new_tapes(cnn, 5, [2, 1])) == 2
     assert new_tapes(cnn, 5, [2, 2]) == []
+    assert new_tapes(cnn.double(), 5, [2, 1]) == []
+
+
+def _relu(cnn: BabyCNN) -> None:
+    cnn.cnn[1] = th.nn.ReLU()
+
+
+def _hook(cnn: BabyCNN) -> None:
+    cnn.cnn[2].register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def _normalized(cnn: BabyCNN) -> None:
+    th.nn.utils.parametrizations.spectral_norm(cnn.cnn[0])
+
+
+def _deeper(cnn: BabyCNN) -> None:
+    cnn.cnn.insert(1, th.nn.BatchNorm2d(32))
+
+
+@pytest.mark.parametrize("edit", [_relu, _hook, _normalized, _deeper])
+def test_edited_convolutions_get_no_tape(edit: Callable[[BabyCNN], None]) -> None:
+    cnn = BabyCNN(SMALL)
+    edit(cnn)
+    assert new_tapes(cnn, 5, [2]) == []
 
 
 def test_each_tape_records_its_environments() -> None:

@@ -42,7 +42,8 @@ def test_the_share_of_computation_does_not_depend_on_the_lack_of_cores(pool: Rol
         (SLEEPING, 8, 2, None),
         (SLEEPING, 64, 2, None),
         (BOTH, 3, 2, None),
-        (BOTH, 4, 2, "n_workers=3"),
+        (BOTH, 4, 2, "n_workers=2"),
+        (measured(100.0, 64.0, 0.0), 2, 1, "n_workers=1"),
     ],
 )
 def test_too_many_workers(pool: RolloutStatistics, n_workers: int, n_cores: int, advice: str | None) -> None:

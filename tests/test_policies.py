@@ -364,13 +364,49 @@ def test_acting_samples_from_the_policys_distribution(kind: str, feed_forward: b
         assert th.allclose(actions.std(dim=0), distribution.stddev[0], atol=0.03)
 
 
-def test_a_forward_of_ones_own_is_what_acts() -> None:
-    class Constant(ActorCriticPolicy):
-        def forward(self, obs: Any, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-            return th.full((len(obs),), 3), th.zeros(len(obs), 1), th.zeros(len(obs))
+class Constant(ActorCriticPolicy):
+    def forward(self, obs: Any, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        return th.full((len(obs),), 3), th.zeros(len(obs), 1), th.zeros(len(obs))
 
-    actor = as_recurrent(Constant(VECTOR, CHOICE, lambda _: 1.0))
-    assert actor.act(th.zeros(5, 3), (), th.zeros(5, dtype=th.bool))[0].tolist() == [3] * 5
+
+class LstmConstant(CnnLstmPolicy):
+    def forward(self, obs: Any, state: Any, episode_starts: th.Tensor, deterministic: bool = False) -> Any:  # type: ignore[override]
+        return th.full((len(obs),), 3), th.zeros(len(obs), 1), th.zeros(len(obs)), state
+
+
+@pytest.mark.parametrize(("cls", "space"), [(Constant, VECTOR), (LstmConstant, IMAGE)])
+def test_a_forward_of_ones_own_is_what_acts(cls: type[ActorCriticPolicy], space: spaces.Space[Any]) -> None:
+    actor = as_recurrent(cls(space, CHOICE, lambda _: 1.0))
+    assert actor.new_tapes(1, [5]) == []
+    obs = as_tensor(sample_obs(space, 5))
+    assert actor.act(obs, actor.initial_state(5), th.zeros(5, dtype=th.bool))[0].tolist() == [3] * 5
+
+
+def test_an_lstm_of_ones_own_also_acts() -> None:
+    class Doubled(th.nn.LSTM):
+        def forward(self, *args: Any) -> Any:
+            output, state = super().forward(*args)
+            return 2 * output, state
+
+    class DoubledPolicy(MlpLstmPolicy):
+        def _build_mlp_extractor(self) -> None:
+            super()._build_mlp_extractor()
+            self.lstm = Doubled(self.features_dim, self.lstm_hidden_size)
+
+    policy = DoubledPolicy(VECTOR, CHOICE, lambda _: 1.0)
+    obs, state, starts = as_tensor(sample_obs(VECTOR, 5)), policy.initial_state(5), th.zeros(5, dtype=th.bool)
+    policy.set_training_mode(False)
+    with th.no_grad():
+        acted = policy.act(obs, state, starts)[1]
+    assert th.allclose(acted, policy.evaluate_actions(obs, th.zeros(5), state, starts[None])[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "feed-forward"])
+def test_logits_that_are_no_numbers_are_refused_at_once(kind: str) -> None:
+    policy: Any = make("mlp") if kind == "mlp" else ActorCriticPolicy(VECTOR, CHOICE, lambda _: 1.0)
+    actor = as_recurrent(policy)
+    with pytest.raises(ValueError, match="nan"):
+        actor.act(th.full((1, 3), float("nan")), actor.initial_state(1), th.zeros(1, dtype=th.bool))
 
 
 def test_a_tape_replays_what_was_acted(policy: LstmActorCriticPolicy) -> None:
