@@ -5,6 +5,7 @@ The loop of the first A3C programs, as small as it can be, to compare with: one 
 
 import multiprocessing
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ale_py
@@ -12,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_a3c.convolutions import BabyCNN
@@ -40,20 +42,25 @@ class Network(nn.Module):
         return self.critic(memory[0]), self.actor(memory[0]).log_softmax(dim=1), memory
 
 
-def classic_steps_per_second(env_id: str, n_processes: int, seconds: float, warm_up: float = 5.0) -> float:
+def classic_steps_per_second(
+    env_id: str, n_processes: int, seconds: float, make_env: Callable[..., VecEnv] = make_atari_env, warm_up: float = 5.0
+) -> float:
     """
     :param env_id: an Atari environment without frame skip
     :param n_processes: each with one environment
     :param seconds: to measure
+    :param make_env: called with the id of the environment, their number and a seed
     :param warm_up: seconds before
     :return: steps of all processes, a second
     """
     context = multiprocessing.get_context("spawn")
-    env = make_atari_env(env_id, 1)
+    env = make_env(env_id, 1)
     assert isinstance(env.action_space, gym.spaces.Discrete)
     shared = Network(int(env.action_space.n)).share_memory()
     counts = th.zeros(n_processes, dtype=th.int64).share_memory_()  # type: ignore[no-untyped-call]
-    processes = [context.Process(target=_work, args=(env_id, shared, counts, i), daemon=True) for i in range(n_processes)]
+    processes = [
+        context.Process(target=_work, args=(env_id, make_env, shared, counts, i), daemon=True) for i in range(n_processes)
+    ]
     for process in processes:
         process.start()
     while not (counts > 0).all():
@@ -67,11 +74,11 @@ def classic_steps_per_second(env_id: str, n_processes: int, seconds: float, warm
     return rate
 
 
-def _work(env_id: str, shared: Network, counts: th.Tensor, index: int) -> None:
+def _work(env_id: str, make_env: Callable[..., VecEnv], shared: Network, counts: th.Tensor, index: int) -> None:
     gym.register_envs(ale_py)
     th.set_num_threads(1)
     th.manual_seed(index)
-    env = make_atari_env(env_id, 1, seed=index)
+    env = make_env(env_id, 1, seed=index)
     network = Network(shared.actor.out_features)
     optimizer = th.optim.Adam(shared.parameters(), lr=1e-4)
     obs, memory = env.reset(), (th.zeros(1, 256), th.zeros(1, 256))
