@@ -87,7 +87,7 @@ class A3C(OnPolicyAlgorithm):
         self,
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 1e-4,
+        learning_rate: float | Schedule = 2e-4,
         n_steps: int = 20,
         gamma: float = 0.99,
         gae_lambda: float = 1.0,
@@ -110,7 +110,7 @@ class A3C(OnPolicyAlgorithm):
         _init_setup_model: bool = True,
         *,
         n_workers: int | None = None,
-        envs_per_update: int = 2,
+        envs_per_update: int = 4,
         take_turns: bool = False,
         start_method: str | None = None,
     ) -> None:

@@ -429,10 +429,10 @@ def test_save_and_load_keep_parameters_moments_and_counts(use_rms_prop: bool, tm
     assert loaded.learn(100, reset_num_timesteps=False).n_envs == 2
 
 
-def test_defaults_are_the_papers_and_baby_a3cs() -> None:
+def test_defaults_are_baby_a3cs_but_for_the_learning_rate() -> None:
     model = A3C("MlpLstmPolicy", "CartPole-v1")
     group = model.policy.optimizer.param_groups[0]
-    assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (1e-4, (0.9, 0.999), 1e-8, True)
+    assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (2e-4, (0.9, 0.999), 1e-8, True)
     assert (model.n_steps, model.gamma, model.gae_lambda) == (20, 0.99, 1.0)
     assert (model.ent_coef, model.vf_coef, model.max_grad_norm) == (0.01, 0.5, 40.0)
     assert model.device == th.device("cpu")

@@ -36,7 +36,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize
 from sb3_a3c import A3C
 
 N_ENVS, N_STEPS = 4, 5  # two workers report 10 transitions at a time, so that the last row may remain incomplete
-PER_UPDATE = 2 * N_STEPS  # transitions that an update learns from: `envs_per_update` is 2, and so is a worker's share
+PER_UPDATE = 2 * N_STEPS  # transitions that an update learns from
 
 # SB3 compares the types of both environments; an evaluation in the main process needs no processes of its own
 OTHER_TYPE_FOR_EVALUATION = pytest.mark.filterwarnings("ignore:Training and eval env are not of the same type:UserWarning")
@@ -51,7 +51,8 @@ class Setup:
     folder: Path  #: of the monitor files
 
     def model(self, **kwargs: Any) -> A3C:
-        return A3C("MlpPolicy", self.env, **{"n_steps": N_STEPS, "n_workers": self.n_workers, **kwargs})
+        settings = {"n_steps": N_STEPS, "envs_per_update": 2, "n_workers": self.n_workers}
+        return A3C("MlpPolicy", self.env, **{**settings, **kwargs})
 
     def episodes(self) -> Counter[tuple[float, ...]]:
         """Return, length and time of all episodes in the monitor files."""

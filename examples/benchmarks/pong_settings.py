@@ -1,7 +1,7 @@
 """
 One run of the search for the settings that learn Pong soonest:
 
-    python examples/benchmarks/pong_settings.py --learning-rate 2e-4 --envs-per-update 4
+    python examples/benchmarks/pong_settings.py --learning-rate 4e-4 --envs-per-update 8
 
 Leaves the logged curve (``progress.csv``), checkpoints and the final model in ``logs/pong_settings/<settings>/``. What is
 not given is as in ``train_atari.py``. Timesteps are decisions of the agent; the score is that of training. With
@@ -20,8 +20,8 @@ from sb3_a3c.atari import make_ale_vec_env
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--n-envs", type=int, default=16)
 parser.add_argument("--n-steps", type=int, default=20)
-parser.add_argument("--envs-per-update", type=int, default=2)
-parser.add_argument("--learning-rate", type=float, default=1e-4)
+parser.add_argument("--envs-per-update", type=int, default=4)
+parser.add_argument("--learning-rate", type=float, default=2e-4)
 parser.add_argument("--anneal", action="store_true", help="let the learning rate fall linearly to 0")
 parser.add_argument("--rms-prop", action="store_true", help="instead of Adam")
 parser.add_argument("--timesteps", type=int, default=2_000_000)
