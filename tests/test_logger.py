@@ -151,6 +151,7 @@ def test_the_numbers_are_right(n_workers: int, tmp_path: Path) -> None:
         learning_rate=lambda remaining: 1e-3 * remaining,
         n_steps=5,
         n_workers=n_workers,
+        envs_per_update=2,
         stats_window_size=10_000,
     )
     learn_and_log(model, tmp_path, total, log_interval=4)

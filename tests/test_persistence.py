@@ -99,7 +99,8 @@ MODELS: list[Any] = [
 @pytest.mark.parametrize(("policy", "env_id", "kwargs"), MODELS)
 def test_saving_and_loading_is_no_interruption(policy: str, env_id: Any, kwargs: dict[str, Any]) -> None:
     env = make_vec_env(env_id, n_envs=3)
-    model = A3C(policy, env, learning_rate=lambda progress: 1e-2 * progress, n_workers=0, seed=1, **kwargs).learn(300)
+    kwargs = dict(learning_rate=lambda progress: 1e-2 * progress, envs_per_update=2, **kwargs)
+    model = A3C(policy, env, n_workers=0, seed=1, **kwargs).learn(300)
     file, before = io.BytesIO(), parameters_of(model)
     model.save(file)
     results = []
@@ -165,7 +166,7 @@ def test_a_checkpoint_is_the_model_that_the_callback_sees(
     policy: str, use_rms_prop: bool, n_workers: int, tmp_path: Path
 ) -> None:
     kwargs: dict[str, Any] = dict(n_steps=5, use_rms_prop=use_rms_prop, learning_rate=1e-3)
-    model = A3C(policy, cartpole(), n_workers=n_workers, take_turns=True, **kwargs)
+    model = A3C(policy, cartpole(), n_workers=n_workers, take_turns=True, envs_per_update=2, **kwargs)
     before, checkpoint = parameters_of(model), SaveWhileWorkersRun(tmp_path / "checkpoint.zip")
     model.learn(400, callback=checkpoint)
     assert difference(checkpoint.seen["policy"], before["policy"])
@@ -295,7 +296,10 @@ def test_bad_arguments_are_noticed_on_loading(tmp_path: Path) -> None:
 
 @BOTH
 def test_custom_objects_replace_the_learning_rate(n_workers: int, tmp_path: Path) -> None:
-    model = A3C("MlpPolicy", cartpole(), n_steps=5, n_workers=n_workers, learning_rate=lambda progress: 0.1).learn(20)
+    model = A3C(
+        "MlpPolicy", cartpole(), learning_rate=lambda progress: 0.1, n_steps=5, n_workers=n_workers, envs_per_update=2
+    )
+    model.learn(20)
     model.save(tmp_path / "model")
     saved = parameters_of(model)
     frozen = A3C.load(
@@ -401,9 +405,11 @@ def test_set_parameters_takes_parameters_and_moments(use_rms_prop: bool, policy:
 
 @BOTH
 def test_workers_start_from_the_parameters_and_moments_that_were_set(n_workers: int) -> None:
-    kwargs: dict[str, Any] = dict(n_steps=5, n_workers=n_workers, take_turns=True, learning_rate=0.0)
+    kwargs: dict[str, Any] = dict(n_steps=5, n_workers=n_workers, envs_per_update=2, take_turns=True, learning_rate=0.0)
     model = A3C("MlpLstmPolicy", cartpole(), **kwargs).learn(100)
-    new = parameters_of(A3C("MlpLstmPolicy", cartpole(), n_steps=5, n_workers=0, learning_rate=1e-2).learn(40))
+    new = parameters_of(
+        A3C("MlpLstmPolicy", cartpole(), n_steps=5, n_workers=0, envs_per_update=2, learning_rate=1e-2).learn(40)
+    )
     new["policy.optimizer"]["param_groups"][0]["lr"] = 0.0
     assert difference(model.get_parameters()["policy"], new["policy"])
     model.set_parameters(new)

@@ -144,7 +144,7 @@ def stop_the_gradients(model: Any) -> None:
 @BOTH
 @pytest.mark.parametrize("stop", [stop_the_rate, stop_the_gradients])
 def test_a_callback_can_freeze_the_parameters(stop: Callable[[Any], None], n_workers: int) -> None:
-    model = A3C("MlpPolicy", cartpole(), n_steps=5, n_workers=n_workers, take_turns=True, **SGD)
+    model = A3C("MlpPolicy", cartpole(), n_steps=5, n_workers=n_workers, take_turns=True, envs_per_update=2, **SGD)
     at = At(20, stop)
     model.learn(800, callback=at)
     before = [seen for call, seen in at.weights if call <= 20]
@@ -186,7 +186,7 @@ def test_without_a_value_loss_only_the_critic_stays_as_it_is(n_workers: int) -> 
 def test_a_value_that_cannot_be_ends_learn_with_what_was_learned(
     change: dict[str, Any], message: str, n_workers: int
 ) -> None:
-    model = A3C("MlpPolicy", cartpole(), n_steps=5, n_workers=n_workers, **SGD)
+    model = A3C("MlpPolicy", cartpole(), n_steps=5, n_workers=n_workers, envs_per_update=2, **SGD)
     before = weights(model)
     at = At(40, lambda model: vars(model).update(change))
     with pytest.raises(ValueError, match=message):

@@ -469,7 +469,8 @@ def test_the_model_gets_every_optimizers_state(
     optimizer_class: type[th.optim.Optimizer], options: dict[str, Any], keys: set[str], n_workers: int
 ) -> None:
     policy_kwargs = dict(optimizer_class=optimizer_class, optimizer_kwargs=options)
-    model = A3C("MlpLstmPolicy", recording(), n_steps=5, n_workers=n_workers, take_turns=True, policy_kwargs=policy_kwargs)
+    kwargs: dict[str, Any] = dict(n_steps=5, envs_per_update=2, take_turns=True, policy_kwargs=policy_kwargs)
+    model = A3C("MlpLstmPolicy", recording(), n_workers=n_workers, **kwargs)
     before = copied(model)
     for n in (1, 2):
         model.learn(60, reset_num_timesteps=False)
@@ -515,6 +516,7 @@ def test_without_gradients_weight_decay_is_all_that_happens(n_workers: int) -> N
         recording(),
         n_steps=5,
         n_workers=n_workers,
+        envs_per_update=2,
         take_turns=True,
         learning_rate=0.1,
         max_grad_norm=0.0,
@@ -563,7 +565,7 @@ def test_batch_norm_counts_every_batch_once_as_in_a2c(policy: str, n_workers: in
     if n_workers is None:
         model = A2C(policy, env, **kwargs).learn(200)
     else:
-        model = A3C(policy, env, n_workers=n_workers, take_turns=True, **kwargs).learn(200)
+        model = A3C(policy, env, n_workers=n_workers, take_turns=True, envs_per_update=2, **kwargs).learn(200)
     assert model._n_updates == (10 if n_workers is None else 20)
 
     model.save(tmp_path / "model")
