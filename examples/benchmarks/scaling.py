@@ -12,12 +12,8 @@ between. Leave the machine alone meanwhile.
 
 import argparse
 import multiprocessing
-import os
 import pickle
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -25,8 +21,8 @@ import cloudpickle
 import numpy as np
 import numpy.typing as npt
 import torch as th
+from measuring import Clock, in_a_process_of_its_own, machine
 from stable_baselines3.common.env_util import make_atari_env
-from throughput import Clock
 
 from sb3_a3c import A3C
 from sb3_a3c.service import keep_freed_memory
@@ -98,11 +94,7 @@ def time_replicas(lstm_size: int, n_processes: int, seconds: float) -> tuple[int
 
 def measure(n_workers: int, seconds: float) -> float:
     """Steps a second of one training run in a process of its own."""
-    command = [sys.executable, __file__, "--only", str(n_workers), "--seconds", str(seconds)]
-    process = subprocess.run(command, check=False, capture_output=True, text=True)
-    if process.returncode != 0:
-        sys.exit(f"{n_workers} workers failed:\n{process.stderr}")
-    return float(process.stdout.splitlines()[-1])
+    return float(in_a_process_of_its_own(__file__, "--only", str(n_workers), "--seconds", str(seconds)))
 
 
 def report_rates(seconds: float, repetitions: int) -> None:
@@ -143,7 +135,7 @@ def main() -> None:
     if arguments.only:
         print(train(arguments.only, arguments.seconds))
         return
-    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {th.__version__}")
+    print(machine())
     report_rates(arguments.seconds, arguments.repetitions)
     report_verbs(arguments.seconds / 4)
 

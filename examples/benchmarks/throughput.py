@@ -13,10 +13,7 @@ import argparse
 import functools
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,10 +23,10 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from classic_a3c import classic_steps_per_second
+from measuring import Clock, in_a_process_of_its_own, machine
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
@@ -41,41 +38,26 @@ from sb3_a3c.service import keep_freed_memory
 gym.register_envs(ale_py)
 
 N_ENVS = 16
-WARM_UP = 2000  # steps that are not timed
 Result = dict[str, float]
 MakeEnv = Callable[..., VecEnv]
 
 
-class Clock(BaseCallback):
-    """Times whole rollouts, from the first that begins after the warm-up, for so many seconds."""
+class PartsClock(Clock):
+    """Also asks A3C where its time went."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self.seconds = seconds
-        self.marks: list[tuple[float, int]] = []
-        self.microseconds: Result = {}  #: A3C's, of a worker for each step
-
-    def _on_rollout_start(self) -> None:
-        if self.model.num_timesteps >= WARM_UP:
-            self.marks.append((time.perf_counter(), self.model.num_timesteps))
-
-    def _on_step(self) -> bool:
-        return len(self.marks) < 2 or self.marks[-1][0] - self.marks[0][0] < self.seconds
+        super().__init__(seconds)
+        self.microseconds: Result = {}  #: of a worker for each step
 
     def _on_training_end(self) -> None:
         if isinstance(self.model, A3C) and self.model._collector is not None:
             pool = self.model._collector.statistics.pool  # of the whole run, as nothing was logged
             self.microseconds = {name: 1e6 * spent / pool.n_transitions for name, spent in pool.seconds.items()}
 
-    @property
-    def steps_per_second(self) -> float:
-        (begin, steps_before), (end, steps) = self.marks[0], self.marks[-1]
-        return (steps - steps_before) / (end - begin)
-
 
 def timed(model: BaseAlgorithm, seconds: float) -> Result:
     """Learn for some seconds: steps a second, and for A3C the microseconds that a worker spends on each step."""
-    clock = Clock(seconds)
+    clock = PartsClock(seconds)
     model.learn(10**9, clock, log_interval=None)  # type: ignore[arg-type]
     return {"steps/s": clock.steps_per_second, **clock.microseconds}
 
@@ -118,7 +100,7 @@ def classic(env_id: str, seconds: float, make_env: MakeEnv = make_atari_env) -> 
 def lower_bound(env_id: str, seconds: float, make_env: MakeEnv = make_atari_env) -> Result:
     """
     What one core can't beat, in microseconds a step: the bare environment, and one forward and one backward pass of the
-    network at the batch at which they are fastest. Nothing is acted upon, shared or reported.
+    network, at the batch and in the way in which they are fastest. Nothing is shared or reported.
     """
     th.set_num_threads(1)
     keep_freed_memory()
@@ -132,20 +114,32 @@ def lower_bound(env_id: str, seconds: float, make_env: MakeEnv = make_atari_env)
     emulator = 1e6 * (time.perf_counter() - begin) / n_steps
     space = gym.spaces.Box(0, 255, (1, 84, 84), np.uint8)
     policy = CnnLstmPolicy(space, env.action_space, lambda _: 1e-4)
-    batches = (1, 2, 4, 8, 16)
-    network = min(_network_microseconds(policy, n_envs, seconds / 2 / len(batches)) for n_envs in batches)
+    ways = [(n_envs, taped) for n_envs in (4, 8, 16, 32) for taped in (False, True)]
+    network = min(_network_microseconds(policy, n_envs, taped, seconds / 2 / len(ways)) for n_envs, taped in ways)
     return {"emulator": emulator, "network": network, "steps/s": len(os.sched_getaffinity(0)) * 1e6 / (emulator + network)}
 
 
-def _network_microseconds(policy: CnnLstmPolicy, n_envs: int, seconds: float, n_steps: int = 20) -> float:
-    """One forward and one backward pass over rollouts of ``n_envs`` environments, for each of their steps."""
+def _network_microseconds(policy: CnnLstmPolicy, n_envs: int, taped: bool, seconds: float, n_steps: int = 20) -> float:
+    """
+    One forward and one backward pass over rollouts of ``n_envs`` environments, for each of their steps: a whole rollout at
+    once with PyTorch's gradient, or step by step on a tape.
+    """
     obs = th.randint(0, 256, (n_steps * n_envs, 1, 84, 84), dtype=th.uint8)
     actions = th.zeros(n_steps * n_envs, dtype=th.int64)
     starts = th.zeros(n_steps, n_envs, dtype=th.bool)
-    state = policy.initial_state(n_envs)
+    first_state = policy.initial_state(n_envs)
+    tape = policy.new_tape(n_steps, [slice(0, n_envs)]) if taped else None
     n_passes, begin = -1, 0.0
     while n_passes < 1 or time.perf_counter() - begin < seconds:
-        values, log_prob, entropy = policy.evaluate_actions(obs, actions, state, starts)
+        policy.set_training_mode(tape is None)
+        if tape is not None:
+            tape.rewind()
+            state = first_state
+            for images, now in zip(th.split(obs, n_envs), starts, strict=True):
+                with th.no_grad():
+                    _, _, state = policy.act(images, state, now, tape)
+        chunk_tape = None if tape is None else tape.chunk_tapes()[0]
+        values, log_prob, entropy = policy.evaluate_actions(obs, actions, first_state, starts, chunk_tape)
         assert entropy is not None
         (values.sum() + log_prob.sum() + entropy.sum()).backward()  # type: ignore[no-untyped-call]
         policy.zero_grad()
@@ -174,11 +168,8 @@ CONTESTANTS: dict[str, Callable[[str, float], Result]] = {
 
 def measure(name: str, game: str, seconds: float) -> Result:
     """In a process of its own."""
-    command = [sys.executable, __file__, "--only", name, "--games", game, "--seconds", str(seconds)]
-    process = subprocess.run(command, check=False, capture_output=True, text=True)
-    if process.returncode != 0:
-        sys.exit(f"{name} on {game} failed:\n{process.stderr}")
-    result: Result = json.loads(process.stdout.splitlines()[-1])
+    arguments = ("--only", name, "--games", game, "--seconds", str(seconds))
+    result: Result = json.loads(in_a_process_of_its_own(__file__, *arguments))
     return result
 
 
@@ -220,7 +211,7 @@ def main() -> None:
         result = CONTESTANTS[arguments.only](f"{arguments.games[0]}NoFrameskip-v4", arguments.seconds)
         print(json.dumps(result))
         return
-    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {th.__version__}")
+    print(machine())
     for game in arguments.games:
         results: dict[str, list[Result]] = {name: [] for name in CONTESTANTS}
         for _ in range(arguments.repetitions):

@@ -20,9 +20,9 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from measuring import Clock
 from stable_baselines3 import A2C
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_a3c import A3C
@@ -59,26 +59,6 @@ def fixed(seconds: float) -> Latency:
     return lambda _: seconds
 
 
-class Clock(BaseCallback):
-    """Ends the training after so many seconds; the first two do not count."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self.seconds = seconds
-        self.marks: list[tuple[float, int]] = []
-
-    def _on_step(self) -> bool:
-        now = time.perf_counter()
-        if not self.marks:
-            self.begin = now
-            self.marks.append((now, self.num_timesteps))
-        elif now - self.begin < 2.0:
-            self.marks = [(now, self.num_timesteps)]
-        else:
-            self.marks[1:] = [(now, self.num_timesteps)]
-        return now - self.begin < self.seconds + 2.0
-
-
 def steps_per_second(algorithm: str, latencies: list[Latency], seconds: float) -> float:
     """Of one training run."""
     make_envs: list[Callable[[], gym.Env[Any, Any]]] = [functools.partial(Slow, latency) for latency in latencies]
@@ -93,8 +73,7 @@ def steps_per_second(algorithm: str, latencies: list[Latency], seconds: float) -
     clock = Clock(seconds)
     model.learn(10**9, clock)
     env.close()
-    (begin, before), (end, after) = clock.marks
-    return (after - before) / (end - begin)
+    return clock.steps_per_second
 
 
 def main() -> None:

@@ -1,0 +1,52 @@
+"""What the benchmarks share: a clock, processes of their own, a line about the machine."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+
+
+class Clock(BaseCallback):
+    """Times whole rollouts for so many seconds and ends the training. The first two seconds do not count."""
+
+    def __init__(self, seconds: float, warm_up: float = 2.0) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.warm_up = warm_up
+        self.began: float | None = None
+        self.marks: list[tuple[float, int]] = []  #: when a rollout began, after how many steps
+
+    def _on_rollout_start(self) -> None:
+        now = time.perf_counter()
+        self.began = self.began or now
+        if now - self.began >= self.warm_up:
+            self.marks.append((now, self.model.num_timesteps))
+
+    def _on_step(self) -> bool:
+        return len(self.marks) < 2 or self.marks[-1][0] - self.marks[0][0] < self.seconds
+
+    @property
+    def steps_per_second(self) -> float:
+        (begin, steps_before), (end, steps) = self.marks[0], self.marks[-1]
+        return (steps - steps_before) / (end - begin)
+
+
+def in_a_process_of_its_own(script: str, *arguments: str) -> str:
+    """
+    :param script: path of a benchmark
+    :param arguments: for it
+    :return: the last line that it prints
+    """
+    process = subprocess.run([sys.executable, script, *arguments], check=False, capture_output=True, text=True)
+    if process.returncode != 0:
+        sys.exit(f"{' '.join(arguments)} failed:\n{process.stderr}")
+    return process.stdout.splitlines()[-1]
+
+
+def machine() -> str:
+    """:return: what the figures depend on"""
+    return f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {th.__version__}"
