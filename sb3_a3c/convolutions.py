@@ -2,12 +2,10 @@
 The convolutions of baby-a3c, and a tape of what they computed while acting.
 
 Acting has taken an image through the convolutions already when learning needs the same again for its gradient. If the
-weights are still the same, a :class:`Tape` of the activations saves the second forward pass: a sixth of all the work
-of a worker.
+weights are still the same, a :class:`ConvolutionTape` of the activations saves the second forward pass.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch as th
@@ -18,12 +16,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sb3_a3c.plain import is_plain
+
 #: So many images go through the convolutions at once: what a layer has computed is then still in the processor's cache when
 #: the next layer, or the backward pass, wants it.
 IMAGES_AT_ONCE = 40
-
-#: The tapes of a worker are no larger than this together; 160 images of 84x84 need 53 MB.
-MAX_TAPE_BYTES = 256 * 2**20
 
 
 class BabyCNN(BaseFeaturesExtractor):
@@ -70,6 +67,12 @@ class BabyCNN(BaseFeaturesExtractor):
         parts = [self.cnn(images) for images in th.split(observations, IMAGES_AT_ONCE)]
         return th.cat(parts) if len(parts) > 1 else parts[0]
 
+    @property
+    def computed_dtype(self) -> th.dtype:
+        """The precision in which the layers compute: as autocast, bfloat16 instead of float32 only."""
+        dtype = next(self.parameters()).dtype
+        return self.dtype if dtype == th.float32 else dtype
+
     def is_original(self) -> bool:
         """:return: whether the layers are those of the constructor, without hooks, parametrizations or methods of others"""
         modules = (self.cnn, *self.cnn)
@@ -77,23 +80,7 @@ class BabyCNN(BaseFeaturesExtractor):
         return same and is_plain(self, BabyCNN)
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """
-    :param module: any
-    :param kind: a class
-    :return: whether the module computes what its class says: no subclass, no hooks, no ``forward`` of its own
-    """
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and not any(hooks) and "forward" not in vars(module)
-
-
-def tape_dtype(cnn: BabyCNN) -> th.dtype:
-    """:return: the precision in which the layers compute: as autocast, bfloat16 instead of float32 only"""
-    dtype = next(cnn.parameters()).dtype
-    return cnn.dtype if dtype == th.float32 else dtype
-
-
-class Tape:
+class ConvolutionTape:
     """
     The activations of a rollout's images, recorded while acting and replayed once while learning.
 
@@ -107,13 +94,20 @@ class Tape:
         self.n_recorded = 0
         self.parameters = list(cnn.cnn.parameters())  # weight, bias, weight, bias, …
         weight = self.parameters[-2]
-        self.dtype = tape_dtype(cnn)
+        self.dtype = cnn.computed_dtype
         self.layers: list[tuple[th.Tensor, th.Tensor]] = []  #: weights and biases in that precision
         order = th.channels_last if weight.is_contiguous(memory_format=th.channels_last) else th.contiguous_format
         #: the images, and what each layer made of them: (n_images, n_channels, height, width)
         self.kept = [
             th.zeros(n_steps * n_envs, *shape, dtype=self.dtype).contiguous(memory_format=order) for shape in cnn.shapes
         ]
+        # the same, step by step
+        self._steps: list[tuple[th.Tensor, ...]] = list(zip(*(th.split(kept, n_envs) for kept in self.kept), strict=True))
+
+    @staticmethod
+    def bytes_per_image(cnn: BabyCNN) -> int:
+        """:return: memory that an image needs on a tape"""
+        return sum(math.prod(shape) for shape in cnn.shapes) * cnn.computed_dtype.itemsize
 
     def record(self, images: th.Tensor) -> th.Tensor:
         """
@@ -124,11 +118,11 @@ class Tape:
         if self.n_recorded == 0:
             converted = [parameter.to(self.dtype) for parameter in self.parameters]
             self.layers = list(zip(converted[::2], converted[1::2], strict=True))
-        now = slice(self.n_recorded, self.n_recorded + self.n_envs)
+        x, *activations = self._steps[self.n_recorded // self.n_envs]
         self.n_recorded += self.n_envs
-        x = self.kept[0][now].copy_(images)
-        for (weight, bias), kept in zip(self.layers, self.kept[1:], strict=True):
-            x = th.ops.aten.elu.out(F.conv2d(x, weight, bias, stride=2, padding=1), out=kept[now])
+        x.copy_(images)
+        for (weight, bias), kept in zip(self.layers, activations, strict=True):
+            x = th.ops.aten.elu.out(F.conv2d(x, weight, bias, stride=2, padding=1), out=kept)
         return x.flatten(1).to(images.dtype)  # (n_envs, 32, height, width) -> (n_envs, features_dim)
 
     def rewind(self) -> None:
@@ -146,7 +140,7 @@ class Tape:
 
         :param images: which
         :param gradient: of their features, (batch, features_dim)
-        :param wanted: for each layer, whether the gradients of its weight and its bias are
+        :param wanted: for each layer, whether the gradients of its weight and its bias are wanted
         :return: these gradients, None where not wanted
         """
         found: list[th.Tensor | None] = []
@@ -156,7 +150,9 @@ class Tape:
         for layer in reversed(range(len(self.layers))):
             weight, bias = self.layers[layer]
             th.ops.aten.elu_backward.grad_input(above, 1, 1, 1, True, self.kept[layer + 1][images], grad_input=above)
-            above, *of_weights = th.ops.aten.convolution_backward(
+            weight_wanted, bias_wanted = wanted[layer]
+            of_bias = above.sum((0, 2, 3)) if bias_wanted else None  # faster than the convolution's own sum
+            above, of_weight, _ = th.ops.aten.convolution_backward(
                 above,
                 self.kept[layer][images],
                 weight,
@@ -167,9 +163,9 @@ class Tape:
                 False,  # transposed
                 [0, 0],
                 1,
-                [layer > 0, *wanted[layer]],
+                [layer > 0, weight_wanted, False],
             )
-            found = [*(None if part is None else part.to(gradient.dtype) for part in of_weights), *found]
+            found = [*(None if part is None else part.to(gradient.dtype) for part in (of_weight, of_bias)), *found]
         return found
 
 
@@ -177,7 +173,7 @@ class _Replay(th.autograd.Function):
     """From the weights of the convolutions to the features on a tape."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, *parameters: th.Tensor) -> th.Tensor:
+    def forward(ctx: Any, tape: ConvolutionTape, *parameters: th.Tensor) -> th.Tensor:
         ctx.tape = tape
         # (n_recorded, 32, height, width) -> (n_recorded, features_dim)
         return tape.kept[-1][: tape.n_recorded].flatten(1).to(parameters[0].dtype)
@@ -185,7 +181,7 @@ class _Replay(th.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: th.Tensor) -> tuple[th.Tensor | None, ...]:
-        tape: Tape = ctx.tape
+        tape: ConvolutionTape = ctx.tape
         needed = ctx.needs_input_grad[1:]  # after the tape: weight, bias, weight, bias, …
         wanted = [list(needed[i : i + 2]) for i in range(0, len(needed), 2)]
         sums: list[th.Tensor | None] = [None] * len(needed)
@@ -194,29 +190,3 @@ class _Replay(th.autograd.Function):
             found = tape.gradients(images, gradient[images], wanted)
             sums = [new if old is None or new is None else old + new for old, new in zip(sums, found, strict=True)]
         return None, *sums
-
-
-def new_tapes(extractor: BaseFeaturesExtractor, n_steps: int, chunks: Sequence[int]) -> list[Tape]:
-    """
-    :param extractor: of a policy
-    :param n_steps: that a rollout has
-    :param chunks: numbers of environments that are learned from at a time
-    :return: a tape for each chunk; none where the extractor is not :class:`BabyCNN` as it was made, or they would be too
-        large
-    """
-    if not isinstance(extractor, BabyCNN) or not extractor.is_original():
-        return []
-    numbers = n_steps * sum(chunks) * sum(math.prod(shape) for shape in extractor.shapes)
-    if numbers * tape_dtype(extractor).itemsize > MAX_TAPE_BYTES:
-        return []
-    return [Tape(extractor, n_steps, n_envs) for n_envs in chunks]
-
-
-def record(tapes: Sequence[Tape], images: th.Tensor) -> th.Tensor:
-    """
-    :param tapes: of the chunks of environments, one after the other
-    :param images: of all environments, (n_envs, n_channels, height, width)
-    :return: (n_envs, features_dim), without gradient
-    """
-    parts = th.split(images, [tape.n_envs for tape in tapes])
-    return th.cat([tape.record(part) for tape, part in zip(tapes, parts, strict=True)])

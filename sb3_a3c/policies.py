@@ -5,9 +5,7 @@ Shapes in this module: a rollout of ``n_steps`` steps of ``n_envs`` environments
 to (n_steps * n_envs, …); ``episode_starts`` is (n_steps, n_envs) and tells both numbers. Acting is a rollout of one step.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,10 +25,9 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_a3c.actions import sample_actions, to_env_actions
-from sb3_a3c.convolutions import BabyCNN, Tape, is_plain, new_tapes, record
-
-#: Hidden and cell state, each (n_lstm_layers, n_envs, lstm_hidden_size); empty for a policy without memory.
-LstmState = tuple[th.Tensor, ...]
+from sb3_a3c.convolutions import BabyCNN
+from sb3_a3c.lstm import LstmState, run_lstm
+from sb3_a3c.tape import ChunkTape, RolloutTape, new_tape
 
 MlpPolicy = ActorCriticPolicy
 CnnPolicy = ActorCriticCnnPolicy
@@ -144,52 +141,17 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         features: th.Tensor = (features_extractor or self.features_extractor)(preprocessed)
         return features
 
-    def new_tapes(self, n_steps: int, chunks: Sequence[int]) -> list[Tape]:
+    def new_tape(self, n_steps: int, chunks: Sequence[slice]) -> RolloutTape | None:
         """
         :param n_steps: that are going to be acted
-        :param chunks: numbers of environments that are then evaluated at a time
-        :return: for each chunk what saves :meth:`evaluate_actions` a second pass through the features extractor; none if
-            that can't be
+        :param chunks: environments that are then evaluated at a time; together all of them, in order
+        :return: what saves :meth:`evaluate_actions` a second forward pass; None if that can't be
         """
         ours = all(
             getattr(type(self), name) is getattr(LstmActorCriticPolicy, name)
             for name in ("extract_features", "forward", "evaluate_actions")
         )
-        return new_tapes(self.features_extractor, n_steps, chunks) if ours else []
-
-    def _remember(self, features: th.Tensor, state: LstmState, episode_starts: th.Tensor) -> tuple[th.Tensor, LstmState]:
-        """
-        Run the LSTM over a rollout, in one call for each stretch between the steps at which some environment starts an
-        episode: there, and only there, states must be zeroed.
-
-        :param features: (n_steps * n_envs, features_dim)
-        :param state: state before the first step
-        :param episode_starts: (n_steps, n_envs), bool
-        :return: outputs (n_steps * n_envs, lstm_hidden_size), and the state after the last step
-        """
-        n_steps, n_envs = episode_starts.shape
-        if n_steps == 1 and not (th.is_grad_enabled() or self.lstm.training) and is_plain(self.lstm, nn.LSTM):
-            return self._remember_step(features, tuple(part.masked_fill(episode_starts[..., None], 0.0) for part in state))
-        sequence = features.reshape(n_steps, n_envs, -1)  # (n_steps * n_envs, F) -> (n_steps, n_envs, F)
-        cuts = (episode_starts[1:].any(dim=1).nonzero().flatten() + 1).tolist()
-        outputs = []
-        for begin, end in pairwise([0, *cuts, n_steps]):
-            starts = episode_starts[begin].view(1, n_envs, 1)
-            output, state = self.lstm(sequence[begin:end], tuple(part.masked_fill(starts, 0.0) for part in state))
-            outputs.append(output)
-        # (n_steps, n_envs, H) -> (n_steps * n_envs, H)
-        return th.cat(outputs).flatten(0, 1), state
-
-    def _remember_step(self, features: th.Tensor, state: LstmState) -> tuple[th.Tensor, LstmState]:
-        """A single step without gradient: the LSTM itself would first bring its weights into another order in memory."""
-        hidden, cell = [], []
-        x = features
-        for weights, h, c in zip(self.lstm.all_weights, *state, strict=True):
-            x, c = th.lstm_cell(x, (h, c), *weights)
-            hidden.append(x)
-            cell.append(c)
-        # n_lstm_layers of (n_envs, H) -> (n_lstm_layers, n_envs, H)
-        return x, (th.stack(hidden), th.stack(cell))
+        return new_tape(self.features_extractor, self.lstm, n_steps, chunks) if ours else None
 
     def forward(  # type: ignore[override]
         self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, deterministic: bool = False
@@ -203,14 +165,16 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :param deterministic: take the mode instead of a sample
         :return: actions (n_envs, …), values (n_envs, 1), log-probabilities (n_envs,), and the state after the step
         """
-        distribution, values, state = self._outputs(self.extract_features(obs), state, episode_starts[None])
+        latent, state = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts[None])
+        values = self.value_net(self.mlp_extractor.forward_critic(latent))
+        distribution = self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent))
         actions = distribution.get_actions(deterministic=deterministic)
         log_prob = distribution.log_prob(actions)
         assert self.action_space.shape is not None
         return actions.reshape((-1, *self.action_space.shape)), values, log_prob, state
 
     def act(
-        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tapes: Sequence[Tape] = ()
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tape: RolloutTape | None = None
     ) -> tuple[th.Tensor, th.Tensor, LstmState]:
         """
         What a worker needs of a step, without log-probabilities.
@@ -218,32 +182,21 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :param obs: (n_envs, …)
         :param state: state before the step
         :param episode_starts: (n_envs,), bool: whose state is to be zeroed first
-        :param tapes: record the step for :meth:`evaluate_actions`
+        :param tape: record the step on it, for :meth:`evaluate_actions`
         :return: actions (n_envs, …), values (n_envs, 1), and the state after the step
         """
         if type(self).forward is not LstmActorCriticPolicy.forward:
             actions, values, _, state = self.forward(obs, state, episode_starts)
             return actions, values, state
-        features = self.extract_features(obs, functools.partial(record, tapes) if tapes else None)
-        latent, state = self._remember(features, state, episode_starts[None])
+        if tape is None:
+            latent, state = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts[None])
+        else:
+            latent, state = tape.record(self.extract_features(obs, tape.extractor), state, episode_starts)
         values = self.value_net(self.mlp_extractor.forward_critic(latent))
         return sample_actions(self, self.mlp_extractor.forward_actor(latent)), values, state
 
-    def _outputs(
-        self, features: th.Tensor, state: LstmState, episode_starts: th.Tensor
-    ) -> tuple[Distribution, th.Tensor, LstmState]:
-        """
-        :param features: (n_steps * n_envs, features_dim)
-        :param state: state before the first step
-        :param episode_starts: (n_steps, n_envs), bool
-        :return: distribution of actions, values (n_steps * n_envs, 1), and the state after the last step
-        """
-        latent, state = self._remember(features, state, episode_starts)
-        values = self.value_net(self.mlp_extractor.forward_critic(latent))
-        return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent)), values, state
-
     def evaluate_actions(  # type: ignore[override]
-        self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor, tape: Tape | None = None
+        self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor, tape: ChunkTape | None = None
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """
         Evaluate the actions of a whole rollout, with gradients through time.
@@ -252,11 +205,16 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :param actions: (n_steps * n_envs, …)
         :param state: state before the first step
         :param episode_starts: (n_steps, n_envs), bool
-        :param tape: of these observations, with the parameters as they are: it is replayed instead of looking at ``obs``
+        :param tape: of these steps, with the parameters as they are: it is replayed instead of computing them anew
         :return: values (n_steps * n_envs, 1), log-probabilities and entropies (n_steps * n_envs,)
         """
-        features = self.extract_features(obs) if tape is None else tape.replay()
-        distribution, values, _ = self._outputs(features, state, episode_starts)
+        if tape is None:
+            latent, _ = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts)
+        else:
+            features = self.extract_features(obs) if tape.convolutions is None else tape.convolutions.replay()
+            latent = tape.lstm.replay(features, tape.envs)
+        values = self.value_net(self.mlp_extractor.forward_critic(latent))
+        distribution = self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent))
         return values, distribution.log_prob(actions), distribution.entropy()
 
     def predict_values(  # type: ignore[override]
@@ -268,7 +226,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :param episode_starts: (n_envs,), bool
         :return: values (n_envs, 1)
         """
-        latent, _ = self._remember(self.extract_features(obs), state, episode_starts[None])
+        latent, _ = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts[None])
         values: th.Tensor = self.value_net(self.mlp_extractor.forward_critic(latent))
         return values
 
@@ -281,7 +239,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :param episode_starts: (n_envs,), bool
         :return: the distribution of actions, and the state after the step
         """
-        latent, state = self._remember(self.extract_features(obs), state, episode_starts[None])
+        latent, state = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts[None])
         return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent)), state
 
     def predict(

@@ -11,8 +11,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_a3c.actions import sample_actions
-from sb3_a3c.convolutions import Tape
-from sb3_a3c.policies import LstmActorCriticPolicy, LstmState
+from sb3_a3c.lstm import LstmState
+from sb3_a3c.policies import LstmActorCriticPolicy
+from sb3_a3c.tape import ChunkTape, RolloutTape
 
 
 class RecurrentPolicy(Protocol):
@@ -20,16 +21,16 @@ class RecurrentPolicy(Protocol):
 
     def initial_state(self, n_envs: int) -> LstmState: ...
 
-    def new_tapes(self, n_steps: int, chunks: Sequence[int]) -> list[Tape]: ...
+    def new_tape(self, n_steps: int, chunks: Sequence[slice]) -> RolloutTape | None: ...
 
     def act(
-        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tapes: Sequence[Tape] = ()
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tape: RolloutTape | None = None
     ) -> tuple[th.Tensor, th.Tensor, LstmState]: ...
 
     def predict_values(self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor) -> th.Tensor: ...
 
     def evaluate_actions(
-        self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor, tape: Tape | None = None
+        self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor, tape: ChunkTape | None = None
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]: ...
 
 
@@ -50,11 +51,11 @@ class _Memoryless:
     def initial_state(self, n_envs: int) -> LstmState:
         return ()
 
-    def new_tapes(self, n_steps: int, chunks: Sequence[int]) -> list[Tape]:
-        return []
+    def new_tape(self, n_steps: int, chunks: Sequence[slice]) -> RolloutTape | None:
+        return None
 
     def act(
-        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tapes: Sequence[Tape] = ()
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tape: RolloutTape | None = None
     ) -> tuple[th.Tensor, th.Tensor, LstmState]:
         policy = self.policy
         if type(policy).forward is not ActorCriticPolicy.forward:
@@ -69,6 +70,6 @@ class _Memoryless:
         return self.policy.predict_values(obs)
 
     def evaluate_actions(
-        self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor, tape: Tape | None = None
+        self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor, tape: ChunkTape | None = None
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         return self.policy.evaluate_actions(obs, actions)

@@ -7,11 +7,9 @@ It knows nothing of processes; ``service`` has the loop of a worker process.
 """
 
 import pickle
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +21,14 @@ from stable_baselines3.common.utils import obs_as_tensor, set_random_seed, updat
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.actions import to_env_actions
-from sb3_a3c.convolutions import Tape
 from sb3_a3c.errors import DivergenceError
 from sb3_a3c.loss import a3c_loss, advantages_and_returns, bootstrap_time_limits
-from sb3_a3c.policies import LstmState
+from sb3_a3c.lstm import LstmState
 from sb3_a3c.recurrent import as_recurrent
 from sb3_a3c.reports import Obs, Report, RolloutStatistics
 from sb3_a3c.shared import Counter, ParameterStore, Replica
+from sb3_a3c.stopwatch import Stopwatch
+from sb3_a3c.tape import ChunkTape, RolloutTape
 from sb3_a3c.task import WorkerTask
 
 #: So many updates in a row without a finite gradient end the training.
@@ -51,7 +50,7 @@ class Rollout:
     first_state: LstmState  #: memory before the first step
     episode_starts: th.Tensor  #: (T, N), bool
     last_obs: Obs  #: (N, …)
-    tapes: list[Tape]  #: of the activations, one for each chunk of environments; or none
+    tape: RolloutTape | None  #: of all that the policy computed, if it can be used
 
 
 class ActorLearner:
@@ -78,11 +77,11 @@ class ActorLearner:
         self.obs: Obs = _copied(env.reset())
         self.state = self.actor.initial_state(self.n_envs)
         self.episode_starts = th.ones(self.n_envs, dtype=th.bool)
-        self._tapes: list[Tape] = []
-        self._tapes_shape: tuple[int, list[int]] | None = None
+        self._tape: RolloutTape | None = None
+        self._tape_shape: tuple[int, list[slice]] | None = None
         self._skipped_in_a_row = 0
-        self._clock = time.perf_counter()
         self._statistics = RolloutStatistics()
+        self._watch = Stopwatch(self._statistics)
 
     def rollout(self) -> Report | None:
         """
@@ -90,9 +89,8 @@ class ActorLearner:
 
         :return: the report, or None when enough transitions are reserved or a stop was asked for
         """
-        self._statistics = RolloutStatistics(seconds=dict.fromkeys(("acting", "stepping", "learning", "sharing"), 0.0))
-        self._clock = time.perf_counter()
-        core_seconds, queue_seconds = _scheduled()
+        self._statistics = RolloutStatistics()
+        self._watch = Stopwatch(self._statistics)
         if self.should_stop() or not self._reserve():
             self.counters[self.task.index, Counter.TURNS] = np.iinfo(np.int64).max  # nobody need wait for me again
             return None
@@ -101,10 +99,7 @@ class ActorLearner:
         if rollout is None:
             return None
         self._learn(rollout)
-        now_core_seconds, now_queue_seconds = _scheduled()
-        self._statistics.core_seconds = now_core_seconds - core_seconds
-        self._statistics.queue_seconds = now_queue_seconds - queue_seconds
-        self._statistics.n_threads = th.get_num_threads()
+        self._watch.stop()
         self.counters[self.task.index, Counter.TURNS] += 1
         return Report(
             env_indices=self.task.env_indices,
@@ -140,13 +135,13 @@ class ActorLearner:
         self.replica.pull()
         if self.settings.use_sde:
             self.policy.reset_noise(self.n_envs)
-        self._spent("sharing")
+        self._watch.spent("sharing")
 
     def _act(self) -> Rollout | None:
         """Algorithm S3: "Perform a_t according to policy π(a_t|s_t; θ'); receive reward r_t and new state s_{t+1}"."""
         n_steps, n_envs = self.settings.n_steps, self.n_envs
         self.policy.set_training_mode(False)
-        first_state, tapes = self.state, self._blank_tapes()
+        first_state, tape = self.state, self._blank_tape()
         obs, actions, infos, starts = [], [], [], []
         rewards = np.zeros((n_steps, n_envs), dtype=np.float32)
         dones = np.zeros((n_steps, n_envs), dtype=bool)
@@ -158,15 +153,15 @@ class ActorLearner:
             if self.settings.use_sde and self.settings.sde_sample_freq > 0 and t % self.settings.sde_sample_freq == 0:
                 self.policy.reset_noise(n_envs)
             with th.no_grad():
-                action, value, self.state = self.actor.act(_as_tensor(self.obs), self.state, self.episode_starts, tapes)
+                action, value, self.state = self.actor.act(_as_tensor(self.obs), self.state, self.episode_starts, tape)
             obs.append(self.obs)
             starts.append(self.episode_starts)
             actions.append(action)
             values.append(value.flatten())
             env_actions = to_env_actions(self.policy, action.numpy())
-            self._spent("acting")
+            self._watch.spent("acting")
             new_obs, rewards[t], dones[t], info = self.env.step(env_actions)
-            self._spent("stepping")
+            self._watch.spent("stepping")
             infos.append(info)
             self.obs = _copied(new_obs)
             self.episode_starts = th.from_numpy(dones[t].copy())
@@ -175,7 +170,7 @@ class ActorLearner:
                     terminal_values[t, i] = self._terminal_value(info[i]["terminal_observation"], int(i))
         with th.no_grad():
             last_values = self.actor.predict_values(_as_tensor(self.obs), self.state, self.episode_starts).flatten()
-        self._spent("acting")
+        self._watch.spent("acting")
         return Rollout(
             obs=_stacked(obs),
             actions=th.stack(actions),
@@ -188,7 +183,7 @@ class ActorLearner:
             first_state=first_state,
             episode_starts=th.stack(starts),
             last_obs=self.obs,
-            tapes=tapes,
+            tape=tape,
         )
 
     def _chunks(self) -> list[slice]:
@@ -196,14 +191,14 @@ class ActorLearner:
         bounds = [*range(0, self.n_envs, self.settings.envs_per_update), self.n_envs]
         return [slice(begin, end) for begin, end in pairwise(bounds)]
 
-    def _blank_tapes(self) -> list[Tape]:
-        """One for each chunk, or none where the policy can't use them."""
-        shape = (self.settings.n_steps, [chunk.stop - chunk.start for chunk in self._chunks()])
-        if shape != self._tapes_shape:
-            self._tapes, self._tapes_shape = self.actor.new_tapes(*shape), shape
-        for tape in self._tapes:
-            tape.rewind()
-        return self._tapes
+    def _blank_tape(self) -> RolloutTape | None:
+        """For the next rollout; None where the policy can't use one."""
+        shape = (self.settings.n_steps, self._chunks())
+        if shape != self._tape_shape:
+            self._tape, self._tape_shape = self.actor.new_tape(*shape), shape
+        if self._tape is not None:
+            self._tape.rewind()
+        return self._tape
 
     def _terminal_value(self, terminal_obs: Obs, env: int) -> th.Tensor:
         """V of the observation at which a time limit cut an episode, with the memory that the episode had."""
@@ -223,13 +218,14 @@ class ActorLearner:
             rewards, rollout.values, rollout.dones, rollout.last_values, settings.gamma, settings.gae_lambda
         )
         self.policy.set_training_mode(True)
-        for chunk, tape in zip_longest(self._chunks(), rollout.tapes):
+        tapes = [] if rollout.tape is None else rollout.tape.chunk_tapes()
+        for chunk, tape in zip_longest(self._chunks(), tapes):
             self._compute_gradient(rollout, advantages[:, chunk], returns[:, chunk], chunk, tape)
             self._push()
         self._statistics.n_transitions += returns.size
         self._statistics.return_moments = _moments(returns)
         self._statistics.error_moments = _moments(returns - rollout.values)
-        self._spent("learning")
+        self._watch.spent("learning")
 
     def _compute_gradient(
         self,
@@ -237,7 +233,7 @@ class ActorLearner:
         advantages: npt.NDArray[np.floating],
         returns: npt.NDArray[np.floating],
         chunk: slice,
-        tape: Tape | None,
+        tape: ChunkTape | None,
     ) -> None:
         """
         Leave the gradient of the loss over a chunk of environments in the replica.
@@ -246,7 +242,7 @@ class ActorLearner:
         :param advantages: (n_steps, chunk)
         :param returns: (n_steps, chunk)
         :param chunk: which environments
-        :param tape: of their activations
+        :param tape: of what the policy computed for them
         """
         shape = returns.shape
         if self.settings.normalize_advantage and advantages.size > 1:
@@ -286,12 +282,12 @@ class ActorLearner:
             return
         if norm > self.settings.max_grad_norm:
             th.nn.utils.clip_grads_with_norm_(self.policy.parameters(), self.settings.max_grad_norm, norm)
-        self._spent("learning")
+        self._watch.spent("learning")
         self._skipped_in_a_row = 0
         self._statistics.staleness += self.replica.push()
         self._statistics.n_updates += 1
         self._statistics.grad_norm += norm.item()
-        self._spent("sharing")
+        self._watch.spent("sharing")
 
     def _skip_update(self) -> None:
         self.policy.zero_grad()
@@ -303,21 +299,6 @@ class ActorLearner:
                 "Look for NaN or infinity in observations and rewards (wrap the environment in VecCheckNan), or lower "
                 "`learning_rate` or `max_grad_norm`."
             )
-
-    def _spent(self, activity: str) -> None:
-        """Book the time since the last call."""
-        now = time.perf_counter()
-        self._statistics.seconds[activity] += now - self._clock
-        self._clock = now
-
-
-def _scheduled() -> tuple[float, float]:
-    """Seconds in which this thread had a core so far, and in which it waited for one. Zeros where there is no Linux."""
-    try:
-        core, queue, _ = Path("/proc/thread-self/schedstat").read_text().split()
-    except OSError:
-        return 0.0, 0.0
-    return 1e-9 * int(core), 1e-9 * int(queue)
 
 
 def _moments(x: npt.NDArray[np.floating]) -> tuple[float, float]:

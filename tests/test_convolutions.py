@@ -1,16 +1,14 @@
 """The convolutions of baby-a3c; a tape's backward pass is that of the convolutions themselves."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.torch_layers import FlattenExtractor
 
-from sb3_a3c import CnnLstmPolicy, convolutions
-from sb3_a3c.convolutions import IMAGES_AT_ONCE, BabyCNN, Tape, new_tapes, record
+from sb3_a3c import CnnLstmPolicy
+from sb3_a3c.convolutions import IMAGES_AT_ONCE, BabyCNN, ConvolutionTape
 
 CHOICE = spaces.Discrete(4)
 VECTOR = spaces.Box(-np.inf, np.inf, (3,))
@@ -60,9 +58,9 @@ def test_baby_cnn_refuses_what_is_no_image(space: spaces.Space[Any]) -> None:
 # --- the tape ---
 
 
-def recorded(cnn: BabyCNN, images: th.Tensor, batch: int) -> Tape:
+def recorded(cnn: BabyCNN, images: th.Tensor, batch: int) -> ConvolutionTape:
     assert len(images) % batch == 0
-    tape = Tape(cnn, len(images) // batch, batch)
+    tape = ConvolutionTape(cnn, len(images) // batch, batch)
     with th.no_grad():
         for part in th.split(images, batch):
             assert th.allclose(tape.record(part), cnn(part), rtol=1e-12, atol=0.01 if cnn.dtype == th.bfloat16 else 0.0)
@@ -110,60 +108,11 @@ def test_frozen_weights_get_no_gradient_from_a_tape() -> None:
         assert one is None or th.allclose(one, parameter.grad, rtol=1e-4)  # type: ignore[arg-type]
 
 
-def test_tapes_are_for_baby_cnn_itself_and_not_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Noisy(BabyCNN):
-        def forward(self, observations: th.Tensor) -> th.Tensor:
-            return super().forward(observations + th.rand_like(observations))
-
-    cnn = BabyCNN(SMALL)
-    assert new_tapes(Noisy(SMALL), 5, [2, 1]) == []
-    assert new_tapes(FlattenExtractor(SMALL), 5, [2, 1]) == []
-    tapes = new_tapes(cnn, 5, [2, 1])
-    assert [(tape.n_envs, len(tape.kept[0])) for tape in tapes] == [(2, 10), (1, 5)]
-    monkeypatch.setattr(convolutions, "MAX_TAPE_BYTES", sum(kept.nbytes for tape in tapes for kept in tape.kept))
-    assert len(new_tapes(cnn, 5, [2, 1])) == 2
-    assert new_tapes(cnn, 5, [2, 2]) == []
-    assert new_tapes(cnn.double(), 5, [2, 1]) == []
-
-
-def _relu(cnn: BabyCNN) -> None:
-    cnn.cnn[1] = th.nn.ReLU()
-
-
-def _hook(cnn: BabyCNN) -> None:
-    cnn.cnn[2].register_forward_hook(lambda module, inputs, output: 2 * output)
-
-
-def _normalized(cnn: BabyCNN) -> None:
-    th.nn.utils.parametrizations.spectral_norm(cnn.cnn[0])
-
-
-def _deeper(cnn: BabyCNN) -> None:
-    cnn.cnn.insert(1, th.nn.BatchNorm2d(32))
-
-
-@pytest.mark.parametrize("edit", [_relu, _hook, _normalized, _deeper])
-def test_edited_convolutions_get_no_tape(edit: Callable[[BabyCNN], None]) -> None:
-    cnn = BabyCNN(SMALL)
-    edit(cnn)
-    assert new_tapes(cnn, 5, [2]) == []
-
-
-def test_each_tape_records_its_environments() -> None:
-    cnn = BabyCNN(SMALL)
-    tapes = new_tapes(cnn, 2, [2, 1])
-    steps = th.rand(2, 3, 2, 20, 27)
-    with th.no_grad():
-        for images in steps:
-            assert th.allclose(record(tapes, images), cnn(images), rtol=1e-4, atol=1e-6)
-    for tape, chunk in zip(tapes, (slice(0, 2), slice(2, 3)), strict=True):
-        # (n_steps, n_envs, …) -> (n_steps * n_envs, …)
-        assert th.allclose(tape.replay(), cnn(steps[:, chunk].flatten(0, 1)), rtol=1e-4, atol=1e-6)
-
-
 def test_160_images_need_53_mb() -> None:
-    tape = Tape(BabyCNN(spaces.Box(0, 255, (1, 84, 84), dtype=np.uint8)), 20, 8)
-    assert sum(kept.nbytes for kept in tape.kept) / 1e6 == pytest.approx(53, abs=0.5)
+    cnn = BabyCNN(spaces.Box(0, 255, (1, 84, 84), dtype=np.uint8))
+    n_bytes = sum(kept.nbytes for kept in ConvolutionTape(cnn, 20, 8).kept)
+    assert n_bytes == 160 * ConvolutionTape.bytes_per_image(cnn)
+    assert n_bytes / 1e6 == pytest.approx(53, abs=0.5)
 
 
 @pytest.mark.parametrize("taped", [False, True])

@@ -10,13 +10,14 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
-from stable_baselines3.common.torch_layers import NatureCNN
+from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_a3c import CnnLstmPolicy, MlpLstmPolicy, MultiInputLstmPolicy
 from sb3_a3c.actions import to_env_actions
 from sb3_a3c.convolutions import BabyCNN
-from sb3_a3c.policies import LstmActorCriticPolicy, LstmState
+from sb3_a3c.lstm import LstmState
+from sb3_a3c.policies import LstmActorCriticPolicy
 from sb3_a3c.recurrent import as_recurrent
 
 VECTOR = spaces.Box(-np.inf, np.inf, (3,))
@@ -377,7 +378,7 @@ class LstmConstant(CnnLstmPolicy):
 @pytest.mark.parametrize(("cls", "space"), [(Constant, VECTOR), (LstmConstant, IMAGE)])
 def test_a_forward_of_ones_own_is_what_acts(cls: type[ActorCriticPolicy], space: spaces.Space[Any]) -> None:
     actor = as_recurrent(cls(space, CHOICE, lambda _: 1.0))
-    assert actor.new_tapes(1, [5]) == []
+    assert actor.new_tape(1, [slice(0, 5)]) is None
     obs = as_tensor(sample_obs(space, 5))
     assert actor.act(obs, actor.initial_state(5), th.zeros(5, dtype=th.bool))[0].tolist() == [3] * 5
 
@@ -412,22 +413,22 @@ def test_logits_that_are_no_numbers_are_refused_at_once(kind: str) -> None:
 def test_a_tape_replays_what_was_acted(policy: LstmActorCriticPolicy) -> None:
     obs = sample_obs(policy.observation_space, N_STEPS, N_ENVS)
     state = policy.initial_state(N_ENVS)
-    tapes = policy.new_tapes(N_STEPS, [N_ENVS])
-    assert len(tapes) == isinstance(policy.features_extractor, BabyCNN)
+    tape = policy.new_tape(N_STEPS, [slice(0, N_ENVS)])
+    assert (tape is not None) == isinstance(policy.features_extractor, (BabyCNN, FlattenExtractor))
     acted, actions = state, []
     policy.set_training_mode(False)
     for t in range(N_STEPS):
         now = as_tensor(part_of(obs, t))
         with th.no_grad():
             _, expected_values, _, state = policy.forward(now, state, STARTS[t])
-            action, values, acted = policy.act(now, acted, STARTS[t], tapes)
+            action, values, acted = policy.act(now, acted, STARTS[t], tape)
         assert th.allclose(values, expected_values, rtol=1e-5, atol=1e-6)
         actions.append(action)
     policy.set_training_mode(True)
     evaluations = []
-    for tape in (*tapes, None):
+    for part in (*(tape.chunk_tapes() if tape else []), None):
         values, log_prob, _ = policy.evaluate_actions(
-            as_tensor(flat(obs)), th.cat(actions), policy.initial_state(N_ENVS), STARTS, tape
+            as_tensor(flat(obs)), th.cat(actions), policy.initial_state(N_ENVS), STARTS, part
         )
         gradients = th.autograd.grad(values.sum() + log_prob.sum(), list(policy.parameters()))
         evaluations.append([values, log_prob, *gradients])
@@ -440,7 +441,7 @@ def test_a_policy_with_features_of_its_own_gets_no_tape() -> None:
         def extract_features(self, obs: Any, features_extractor: Any = None) -> th.Tensor:
             return 2 * super().extract_features(obs, features_extractor)
 
-    assert Doubled(IMAGE, CHOICE, lambda _: 1e-4).new_tapes(2, [8]) == []
+    assert Doubled(IMAGE, CHOICE, lambda _: 1e-4).new_tape(2, [slice(0, 8)]) is None
 
 
 # --- networks ---

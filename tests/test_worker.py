@@ -15,8 +15,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_a3c import A3C, DivergenceError, convolutions
-from sb3_a3c.convolutions import Tape
+from sb3_a3c import A3C, DivergenceError, tape
+from sb3_a3c.convolutions import ConvolutionTape
 from sb3_a3c.worker import ActorLearner, Rollout
 
 
@@ -115,16 +115,16 @@ def test_updates_are_made_for_each_chunk_of_environments() -> None:
 
 def test_tapes_save_work_only(monkeypatch: pytest.MonkeyPatch) -> None:
     replays = []
-    replay = Tape.replay
+    replay = ConvolutionTape.replay
 
-    def replay_and_count(self: Tape) -> th.Tensor:
+    def replay_and_count(self: ConvolutionTape) -> th.Tensor:
         replays.append(self)
         return replay(self)
 
-    monkeypatch.setattr(Tape, "replay", replay_and_count)
+    monkeypatch.setattr(ConvolutionTape, "replay", replay_and_count)
     weights = []
     for envs_per_update, max_bytes, n_replays in ((3, 10**9, 2), (3, 0, 0), (2, 10**9, 4), (2, 0, 0)):
-        monkeypatch.setattr(convolutions, "MAX_TAPE_BYTES", max_bytes)
+        monkeypatch.setattr(tape, "MAX_TAPE_BYTES", max_bytes)
         env = DummyVecEnv([functools.partial(FakeImageEnv, screen_height=36, screen_width=36, n_channels=1)] * 3)
         for i, single in enumerate(env.envs):
             single.observation_space.seed(i)

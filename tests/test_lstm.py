@@ -1,0 +1,106 @@
+"""An LSTM over rollouts; a tape's backward pass is that of the LSTM itself."""
+
+from typing import Any
+
+import pytest
+import torch as th
+from torch import nn
+
+from sb3_a3c.lstm import LstmState, LstmTape, run_lstm
+
+N_STEPS, N_ENVS, N_FEATURES, HIDDEN = 9, 5, 7, 6
+
+
+class Acted:
+    """An LSTM in double precision, random features and episode starts, and the tape of acting them out."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        th.manual_seed(0)
+        self.lstm = nn.LSTM(N_FEATURES, HIDDEN, **kwargs).double().eval()
+        self.features = th.randn(N_STEPS, N_ENVS, N_FEATURES, dtype=th.float64)
+        self.starts = th.rand(N_STEPS, N_ENVS) < 0.25
+        shape = (self.lstm.num_layers, N_ENVS, HIDDEN)
+        self.first_state: LstmState = tuple(th.randn(shape, dtype=th.float64) for _ in range(2))
+        self.tape = LstmTape(self.lstm, N_STEPS, N_ENVS)
+        self.outputs, self.states = self.act(0, N_STEPS)
+
+    def act(self, begin: int, end: int) -> tuple[list[th.Tensor], list[LstmState]]:
+        outputs, states = [], [self.first_state]
+        with th.no_grad():
+            for t in range(begin, end):
+                output, state = self.tape.record(self.features[t], states[-1], self.starts[t])
+                outputs.append(output.clone())
+                states.append(state)
+        return outputs, states
+
+    def run(self, features: th.Tensor, envs: slice) -> tuple[th.Tensor, LstmState]:
+        """Without a tape."""
+        state = tuple(part[:, envs].contiguous() for part in self.first_state)
+        return run_lstm(self.lstm, features, state, self.starts[:, envs])
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_layers": 3}, {"num_layers": 2, "bias": False}])
+@pytest.mark.parametrize("envs", [slice(0, 2), slice(2, 5), slice(0, 5)])
+def test_a_replayed_tape_has_the_outputs_and_gradients_of_the_lstm(kwargs: dict[str, Any], envs: slice) -> None:
+    acted = Acted(**kwargs)
+    assert acted.starts.any()
+    # (n_steps, n, F) -> (n_steps * n, F)
+    features = [acted.features[:, envs].flatten(0, 1).requires_grad_() for _ in range(2)]
+    replayed, (expected, state) = acted.tape.replay(features[0], envs), acted.run(features[1], envs)
+    assert th.allclose(replayed, expected, rtol=1e-12)
+    assert th.allclose(th.stack(acted.outputs)[:, envs].flatten(0, 1), expected, rtol=1e-12)
+    for mine, last in zip(acted.states[-1], state, strict=True):
+        assert th.allclose(mine[:, envs], last, rtol=1e-12)
+    weights = th.randn_like(expected)
+    gradients = [
+        th.autograd.grad((outputs * weights).sum(), [inputs, *acted.lstm.parameters()])
+        for outputs, inputs in zip((replayed, expected), features, strict=True)
+    ]
+    for found, reference in zip(*gradients, strict=True):
+        assert th.allclose(found, reference, rtol=1e-10, atol=1e-14)
+        assert found.stride() == reference.stride()  # fused Adam does not look at strides
+
+
+def test_single_steps_without_gradient_are_those_of_the_lstm() -> None:
+    acted = Acted(num_layers=2)
+    state = acted.first_state
+    for t in range(N_STEPS):
+        with th.no_grad():
+            output, state = run_lstm(acted.lstm, acted.features[t], state, acted.starts[t][None])
+        assert th.allclose(output, acted.outputs[t], rtol=1e-12)
+        for mine, recorded in zip(state, acted.states[t + 1], strict=True):
+            assert th.allclose(mine, recorded, rtol=1e-12)
+
+
+def test_a_rewound_tape_knows_only_what_is_recorded_then() -> None:
+    acted = Acted()
+    states = [part.clone() for part in acted.states[-1]]
+    acted.tape.rewind()
+    outputs, _ = acted.act(N_STEPS - 2, N_STEPS)
+    features = acted.features[N_STEPS - 2 :].flatten(0, 1)
+    assert th.equal(acted.tape.replay(features, slice(0, N_ENVS)), th.cat(outputs))
+    for old, now in zip(states, acted.states[-1], strict=True):
+        assert th.equal(old, now)  # states are no part of the tape: the next rollout begins with them
+
+
+def test_what_is_frozen_gets_no_gradient_from_a_tape() -> None:
+    acted = Acted()
+    acted.lstm.weight_ih_l0.requires_grad_(False)
+    acted.lstm.bias_hh_l0.requires_grad_(False)
+    features = acted.features.flatten(0, 1)
+    found = []
+    for outputs in (acted.tape.replay(features, slice(0, N_ENVS)), acted.run(features, slice(0, N_ENVS))[0]):
+        acted.lstm.zero_grad()
+        outputs.sum().backward()  # type: ignore[no-untyped-call]
+        found.append([parameter.grad for parameter in acted.lstm.parameters()])
+    assert [gradient is None for gradient in found[0]] == [True, False, False, True]
+    for mine, reference in zip(*found, strict=True):
+        assert (mine is None) == (reference is None)
+        assert mine is None or th.allclose(mine, reference, rtol=1e-10)
+
+
+def test_what_a_step_of_an_environment_needs_is_counted_right() -> None:
+    lstm = nn.LSTM(N_FEATURES, HIDDEN, 2)
+    tape = LstmTape(lstm, 1, 1)
+    tensors = [part for layer in tape.layers for part in vars(layer).values() if isinstance(part, th.Tensor)]
+    assert sum(part.numel() for part in tensors if part.dtype != th.bool) == LstmTape.numbers_per_step(lstm)
