@@ -65,7 +65,7 @@ class GreyFrames(gym.Wrapper[Any, Any, Any, Any]):
         self._skip = skip
         screen: tuple[int, int] = self._ale.getScreenDims()
         self._in_colour = env.unwrapped.spec is not None and env.unwrapped.spec.kwargs["game"] in _WRONG_GREYS
-        self._screen = "getScreenRGB" if self._in_colour else "getScreenGrayscale"  # a method that fills an array
+        self._read_screen = "getScreenRGB" if self._in_colour else "getScreenGrayscale"  # method of the emulator
         # as in SB3 not cleared by a reset: a step that the end of the game cuts short shows what was there before
         self._last_two = np.zeros((2, *screen, 3) if self._in_colour else (2, *screen), dtype=np.uint8)
         self._frame = np.zeros(screen, dtype=np.uint8)
@@ -90,7 +90,7 @@ class GreyFrames(gym.Wrapper[Any, Any, Any, Any]):
         for frame in range(-self._skip, 0):
             _, reward, terminated, truncated, info = self.env.step(action)
             if frame >= -2:
-                getattr(self._ale, self._screen)(self._last_two[frame])
+                getattr(self._ale, self._read_screen)(self._last_two[frame])
             total_reward += float(reward)
             if terminated or truncated:
                 break

@@ -77,7 +77,8 @@ class BabyCNN(BaseFeaturesExtractor):
         """:return: whether the layers are those of the constructor, without hooks, parametrizations or methods of others"""
         modules = (self.cnn, *self.cnn)
         same = repr(self.cnn) == self._made_layers and all(is_plain(module, type(module)) for module in modules)
-        return same and is_plain(self, BabyCNN)
+        n_weights = len(list(self.cnn.parameters()))  # fewer than 8 if layers share them
+        return same and n_weights == 8 and is_plain(self, BabyCNN)
 
 
 class ConvolutionTape:
@@ -131,7 +132,7 @@ class ConvolutionTape:
 
     def replay(self) -> th.Tensor:
         """:return: the features of all that was recorded, (n_recorded, features_dim), with gradient"""
-        features: th.Tensor = _Replay.apply(self, *self.parameters)  # type: ignore[no-untyped-call]
+        features: th.Tensor = _ConvolutionReplay.apply(self, *self.parameters)  # type: ignore[no-untyped-call]
         return features
 
     def gradients(self, images: slice, gradient: th.Tensor, wanted: list[list[bool]]) -> list[th.Tensor | None]:
@@ -169,7 +170,7 @@ class ConvolutionTape:
         return found
 
 
-class _Replay(th.autograd.Function):
+class _ConvolutionReplay(th.autograd.Function):
     """From the weights of the convolutions to the features on a tape."""
 
     @staticmethod

@@ -20,6 +20,15 @@ from sb3_a3c.plain import is_plain
 LstmState = tuple[th.Tensor, ...]
 
 
+def is_simple(lstm: nn.LSTM) -> bool:
+    """
+    :param lstm: any
+    :return: whether its weights alone tell what it computes, in the same way while acting and learning
+    """
+    variants = lstm.bidirectional or lstm.batch_first or lstm.proj_size or lstm.dropout
+    return is_plain(lstm, nn.LSTM) and not variants
+
+
 def run_lstm(lstm: nn.LSTM, features: th.Tensor, state: LstmState, episode_starts: th.Tensor) -> tuple[th.Tensor, LstmState]:
     """
     Run an LSTM over a rollout, in one call for each stretch between the steps at which some environment starts an episode:
@@ -32,7 +41,7 @@ def run_lstm(lstm: nn.LSTM, features: th.Tensor, state: LstmState, episode_start
     :return: outputs (n_steps * n_envs, lstm_hidden_size), and the state after the last step
     """
     n_steps, n_envs = episode_starts.shape
-    if n_steps == 1 and not (th.is_grad_enabled() or lstm.training) and is_plain(lstm, nn.LSTM):
+    if n_steps == 1 and not th.is_grad_enabled() and is_simple(lstm):
         return _single_step(lstm, features, tuple(part.masked_fill(episode_starts[..., None], 0.0) for part in state))
     sequence = features.reshape(n_steps, n_envs, -1)  # (n_steps * n_envs, F) -> (n_steps, n_envs, F)
     cuts = (episode_starts[1:].any(dim=1).nonzero().flatten() + 1).tolist()
@@ -61,7 +70,7 @@ class LstmTape:
     """
     What an LSTM computed in the steps of a rollout, recorded while acting and replayed once for each environment.
 
-    :param lstm: it, without dropout; its weights must stay the same between recording and the backward pass
+    :param lstm: a simple one; its weights must stay the same between recording and the backward pass
     :param n_steps: how many steps are going to be recorded
     :param n_envs: of how many environments
     """
@@ -73,8 +82,8 @@ class LstmTape:
     @staticmethod
     def numbers_per_step(lstm: nn.LSTM) -> int:
         """:return: how many numbers are kept of a step of one environment"""
-        # of a layer: inputs and outputs of the step before; four gates, two cells, outputs
-        return sum(w_ih.shape[1] + w_hh.shape[1] * (1 + 4 + 2 + 1) for w_ih, w_hh, *_ in lstm.all_weights)
+        # of a layer: inputs; outputs and cells of the step before, four gates, the cells' tanh, outputs
+        return sum(w_ih.shape[1] + w_hh.shape[1] * (2 + 4 + 1 + 1) for w_ih, w_hh, *_ in lstm.all_weights)
 
     def record(self, features: th.Tensor, state: LstmState, episode_starts: th.Tensor) -> tuple[th.Tensor, LstmState]:
         """
@@ -100,17 +109,18 @@ class LstmTape:
         """Forget what was recorded."""
         self.n_recorded = 0
 
-    def replay(self, features: th.Tensor, envs: slice) -> th.Tensor:
+    def replay(self, features: th.Tensor | None, envs: slice) -> th.Tensor:
         """
-        :param features: those that were recorded of some environments, (n_recorded * n, features_dim)
+        :param features: those that were recorded of some environments, (n_recorded * n, features_dim), whose gradient is
+            wanted; or None
         :param envs: which
         :return: the outputs, (n_recorded * n, lstm_hidden_size), with gradient
         """
-        x = features
+        x: Any = features
         for layer in self.layers:
             steps = _Steps(layer, slice(0, self.n_recorded), envs)
-            x = _Replay.apply(steps, x, *layer.weights)  # type: ignore[no-untyped-call]
-        return x
+            x = _LstmReplay.apply(steps, x, *layer.weights)  # type: ignore[no-untyped-call]
+        return x  # type: ignore[no-any-return]
 
 
 class _LayerTape:
@@ -126,12 +136,13 @@ class _LayerTape:
         self.gates = zeros(n_steps, 4, n_envs, n_units)  #: i, f, g, o
         self.cell_tanhs = zeros(n_steps, n_envs, n_units)
         self.outputs = zeros(n_steps, n_envs, n_units)
-        self.episode_starts = th.zeros(n_steps, n_envs, 1, dtype=th.bool)
+        self.episode_starts = zeros(n_steps, n_envs, 1, dtype=th.bool)
 
     def record(
         self, t: int, x: th.Tensor, output: th.Tensor, cell: th.Tensor, starts: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
         """One step: (n_envs, n_inputs), twice (n_envs, n_units) and (n_envs, 1) -> twice (n_envs, n_units)."""
+        assert x.shape == self.inputs[t].shape
         self.episode_starts[t] = starts
         x = self.inputs[t].copy_(x)
         output_before = self.outputs_before[t].copy_(output.masked_fill(starts, 0.0))
@@ -194,11 +205,11 @@ class _Steps:
         return of_gates
 
 
-class _Replay(th.autograd.Function):
+class _LstmReplay(th.autograd.Function):
     """From a layer's features and weights to its outputs on a tape."""
 
     @staticmethod
-    def forward(ctx: Any, steps: _Steps, features: th.Tensor, *weights: th.Tensor) -> th.Tensor:
+    def forward(ctx: Any, steps: _Steps, features: th.Tensor | None, *weights: th.Tensor) -> th.Tensor:
         ctx.steps = steps
         ctx.weights = weights
         return steps.outputs.flatten(0, 1)  # (n_steps, n_envs, H) -> (n_steps * n_envs, H)

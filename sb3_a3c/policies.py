@@ -27,6 +27,7 @@ from torch import nn
 from sb3_a3c.actions import sample_actions, to_env_actions
 from sb3_a3c.convolutions import BabyCNN
 from sb3_a3c.lstm import LstmState, run_lstm
+from sb3_a3c.plain import is_overridden
 from sb3_a3c.tape import ChunkTape, RolloutTape, new_tape
 
 MlpPolicy = ActorCriticPolicy
@@ -147,11 +148,9 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :param chunks: environments that are then evaluated at a time; together all of them, in order
         :return: what saves :meth:`evaluate_actions` a second forward pass; None if that can't be
         """
-        ours = all(
-            getattr(type(self), name) is getattr(LstmActorCriticPolicy, name)
-            for name in ("extract_features", "forward", "evaluate_actions")
-        )
-        return new_tape(self.features_extractor, self.lstm, n_steps, chunks) if ours else None
+        if is_overridden(self, LstmActorCriticPolicy, "extract_features", "forward", "act", "evaluate_actions"):
+            return None
+        return new_tape(self.features_extractor, self.lstm, n_steps, chunks)
 
     def forward(  # type: ignore[override]
         self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, deterministic: bool = False
@@ -185,7 +184,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :param tape: record the step on it, for :meth:`evaluate_actions`
         :return: actions (n_envs, …), values (n_envs, 1), and the state after the step
         """
-        if type(self).forward is not LstmActorCriticPolicy.forward:
+        if is_overridden(self, LstmActorCriticPolicy, "forward"):
             actions, values, _, state = self.forward(obs, state, episode_starts)
             return actions, values, state
         if tape is None:
@@ -211,7 +210,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         if tape is None:
             latent, _ = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts)
         else:
-            features = self.extract_features(obs) if tape.convolutions is None else tape.convolutions.replay()
+            features = None if tape.convolutions is None else tape.convolutions.replay()
             latent = tape.lstm.replay(features, tape.envs)
         values = self.value_net(self.mlp_extractor.forward_critic(latent))
         distribution = self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent))

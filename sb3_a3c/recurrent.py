@@ -12,6 +12,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_a3c.actions import sample_actions
 from sb3_a3c.lstm import LstmState
+from sb3_a3c.plain import is_overridden
 from sb3_a3c.policies import LstmActorCriticPolicy
 from sb3_a3c.tape import ChunkTape, RolloutTape
 
@@ -58,7 +59,7 @@ class _Memoryless:
         self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, tape: RolloutTape | None = None
     ) -> tuple[th.Tensor, th.Tensor, LstmState]:
         policy = self.policy
-        if type(policy).forward is not ActorCriticPolicy.forward:
+        if is_overridden(policy, ActorCriticPolicy, "forward"):
             actions, values, _ = policy(obs)
             return actions, values, state
         features: Any = policy.extract_features(obs)

@@ -6,7 +6,6 @@ by chunk: learning takes as many environments at a time as make an update.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
 from typing import NamedTuple
 
 import torch as th
@@ -14,7 +13,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from torch import nn
 
 from sb3_a3c.convolutions import BabyCNN, ConvolutionTape
-from sb3_a3c.lstm import LstmState, LstmTape
+from sb3_a3c.lstm import LstmState, LstmTape, is_simple
 from sb3_a3c.plain import is_plain
 
 #: The tape of a worker is no larger than this; 160 images of 84x84 need 55 MB.
@@ -24,7 +23,7 @@ MAX_TAPE_BYTES = 256 * 2**20
 class ChunkTape(NamedTuple):
     """The part of a tape that some of the environments have recorded."""
 
-    convolutions: ConvolutionTape | None  #: None if the features are computed anew: they have no weights
+    convolutions: ConvolutionTape | None  #: None if the features have no weights
     lstm: LstmTape
     envs: slice  #: which
 
@@ -47,7 +46,7 @@ class RolloutTape:
 
     @property
     def extractor(self) -> Callable[[th.Tensor], th.Tensor] | None:
-        """Takes the place of the features extractor while recording; None if features are computed as ever."""
+        """Takes the place of the features extractor while recording; None if that is to compute them as ever."""
         return self._record_images if self._convolutions else None
 
     def _record_images(self, images: th.Tensor) -> th.Tensor:
@@ -66,8 +65,8 @@ class RolloutTape:
 
     def chunk_tapes(self) -> list[ChunkTape]:
         """:return: for each chunk what was recorded of it"""
-        parts = zip_longest(self._convolutions, self._chunks)
-        return [ChunkTape(convolutions, self._lstm, envs) for convolutions, envs in parts]
+        convolutions = self._convolutions or [None] * len(self._chunks)  # type: ignore[list-item]
+        return [ChunkTape(part, self._lstm, envs) for part, envs in zip(convolutions, self._chunks, strict=True)]
 
 
 def new_tape(extractor: BaseFeaturesExtractor, lstm: nn.LSTM, n_steps: int, chunks: Sequence[slice]) -> RolloutTape | None:
@@ -80,12 +79,15 @@ def new_tape(extractor: BaseFeaturesExtractor, lstm: nn.LSTM, n_steps: int, chun
         things), or the tape would be too large
     """
     cnn = extractor if isinstance(extractor, BabyCNN) else None
-    if not (is_plain(extractor, FlattenExtractor) if cnn is None else cnn.is_original()):
-        return None
-    if not is_plain(lstm, nn.LSTM) or lstm.dropout > 0:
+    if not (_is_original_flatten(extractor) if cnn is None else cnn.is_original()) or not is_simple(lstm):
         return None
     n_transitions = n_steps * chunks[-1].stop
     n_bytes = n_transitions * LstmTape.numbers_per_step(lstm) * lstm.all_weights[0][0].element_size()
     if cnn is not None:
         n_bytes += n_transitions * ConvolutionTape.bytes_per_image(cnn)
     return RolloutTape(cnn, lstm, n_steps, chunks) if n_bytes <= MAX_TAPE_BYTES else None
+
+
+def _is_original_flatten(extractor: BaseFeaturesExtractor) -> bool:
+    flatten = getattr(extractor, "flatten", None)
+    return is_plain(extractor, FlattenExtractor) and flatten is not None and is_plain(flatten, nn.Flatten)

@@ -9,7 +9,7 @@ It knows nothing of processes; ``service`` has the loop of a worker process.
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -142,6 +142,7 @@ class ActorLearner:
         n_steps, n_envs = self.settings.n_steps, self.n_envs
         self.policy.set_training_mode(False)
         first_state, tape = self.state, self._blank_tape()
+        recording = {} if tape is None else {"tape": tape}
         obs, actions, infos, starts = [], [], [], []
         rewards = np.zeros((n_steps, n_envs), dtype=np.float32)
         dones = np.zeros((n_steps, n_envs), dtype=bool)
@@ -153,7 +154,9 @@ class ActorLearner:
             if self.settings.use_sde and self.settings.sde_sample_freq > 0 and t % self.settings.sde_sample_freq == 0:
                 self.policy.reset_noise(n_envs)
             with th.no_grad():
-                action, value, self.state = self.actor.act(_as_tensor(self.obs), self.state, self.episode_starts, tape)
+                action, value, self.state = self.actor.act(
+                    _as_tensor(self.obs), self.state, self.episode_starts, **recording
+                )
             obs.append(self.obs)
             starts.append(self.episode_starts)
             actions.append(action)
@@ -195,6 +198,7 @@ class ActorLearner:
         """For the next rollout; None where the policy can't use one."""
         shape = (self.settings.n_steps, self._chunks())
         if shape != self._tape_shape:
+            self._tape = None  # before there is another one
             self._tape, self._tape_shape = self.actor.new_tape(*shape), shape
         if self._tape is not None:
             self._tape.rewind()
@@ -218,8 +222,9 @@ class ActorLearner:
             rewards, rollout.values, rollout.dones, rollout.last_values, settings.gamma, settings.gae_lambda
         )
         self.policy.set_training_mode(True)
-        tapes = [] if rollout.tape is None else rollout.tape.chunk_tapes()
-        for chunk, tape in zip_longest(self._chunks(), tapes):
+        chunks = self._chunks()
+        tapes = [None] * len(chunks) if rollout.tape is None else rollout.tape.chunk_tapes()
+        for chunk, tape in zip(chunks, tapes, strict=True):
             self._compute_gradient(rollout, advantages[:, chunk], returns[:, chunk], chunk, tape)
             self._push()
         self._statistics.n_transitions += returns.size

@@ -6,7 +6,7 @@ import pytest
 import torch as th
 from torch import nn
 
-from sb3_a3c.lstm import LstmState, LstmTape, run_lstm
+from sb3_a3c.lstm import LstmState, LstmTape, is_simple, run_lstm
 
 N_STEPS, N_ENVS, N_FEATURES, HIDDEN = 9, 5, 7, 6
 
@@ -74,22 +74,28 @@ def test_single_steps_without_gradient_are_those_of_the_lstm() -> None:
 
 def test_a_rewound_tape_knows_only_what_is_recorded_then() -> None:
     acted = Acted()
-    states = [part.clone() for part in acted.states[-1]]
     acted.tape.rewind()
     outputs, _ = acted.act(N_STEPS - 2, N_STEPS)
-    features = acted.features[N_STEPS - 2 :].flatten(0, 1)
-    assert th.equal(acted.tape.replay(features, slice(0, N_ENVS)), th.cat(outputs))
-    for old, now in zip(states, acted.states[-1], strict=True):
-        assert th.equal(old, now)  # states are no part of the tape: the next rollout begins with them
+    assert th.equal(acted.tape.replay(None, slice(0, N_ENVS)), th.cat(outputs))
+
+
+def test_states_are_no_part_of_the_tape() -> None:
+    acted = Acted()
+    states = [[part.clone() for part in state] for state in acted.states]
+    acted.tape.rewind()
+    acted.features += 1
+    acted.act(0, N_STEPS)
+    for before, now in zip(states, acted.states, strict=True):  # a rollout begins with a state of the last one
+        for old, new in zip(before, now, strict=True):
+            assert th.equal(old, new)
 
 
 def test_what_is_frozen_gets_no_gradient_from_a_tape() -> None:
     acted = Acted()
     acted.lstm.weight_ih_l0.requires_grad_(False)
     acted.lstm.bias_hh_l0.requires_grad_(False)
-    features = acted.features.flatten(0, 1)
     found = []
-    for outputs in (acted.tape.replay(features, slice(0, N_ENVS)), acted.run(features, slice(0, N_ENVS))[0]):
+    for outputs in (acted.tape.replay(None, slice(0, N_ENVS)), acted.run(acted.features.flatten(0, 1), slice(0, N_ENVS))[0]):
         acted.lstm.zero_grad()
         outputs.sum().backward()  # type: ignore[no-untyped-call]
         found.append([parameter.grad for parameter in acted.lstm.parameters()])
@@ -104,3 +110,26 @@ def test_what_a_step_of_an_environment_needs_is_counted_right() -> None:
     tape = LstmTape(lstm, 1, 1)
     tensors = [part for layer in tape.layers for part in vars(layer).values() if isinstance(part, th.Tensor)]
     assert sum(part.numel() for part in tensors if part.dtype != th.bool) == LstmTape.numbers_per_step(lstm)
+
+
+@pytest.mark.parametrize("kwargs", [{"bidirectional": True}, {"num_layers": 2, "dropout": 0.5}])
+def test_lstms_of_other_kinds_compute_single_steps_themselves(kwargs: dict[str, Any]) -> None:
+    lstm = nn.LSTM(N_FEATURES, HIDDEN, **kwargs).eval()
+    assert not is_simple(lstm)
+    n_states = lstm.num_layers * (1 + lstm.bidirectional)
+    state = (th.randn(n_states, N_ENVS, HIDDEN), th.randn(n_states, N_ENVS, HIDDEN))
+    features = th.randn(N_ENVS, N_FEATURES)
+    with th.no_grad():
+        outputs, (hidden, cell) = run_lstm(lstm, features, state, th.zeros(1, N_ENVS, dtype=th.bool))
+        expected, (expected_hidden, expected_cell) = lstm(features[None], state)
+    for mine, reference in ((outputs, expected[0]), (hidden, expected_hidden), (cell, expected_cell)):
+        assert th.equal(mine, reference)
+
+
+def test_an_lstm_as_its_class_made_it_is_simple() -> None:
+    assert is_simple(nn.LSTM(N_FEATURES, HIDDEN, 2, bias=False))
+    assert not is_simple(nn.LSTM(N_FEATURES, HIDDEN, batch_first=True))
+    assert not is_simple(nn.LSTM(N_FEATURES, HIDDEN, proj_size=4))
+    hooked = nn.LSTM(N_FEATURES, HIDDEN)
+    hooked.register_forward_hook(lambda module, inputs, output: None)
+    assert not is_simple(hooked)

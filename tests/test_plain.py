@@ -7,7 +7,7 @@ import pytest
 import torch as th
 from torch import nn
 
-from sb3_a3c.plain import is_plain
+from sb3_a3c.plain import is_overridden, is_plain
 
 
 class Doubled(nn.Linear):
@@ -36,3 +36,12 @@ def test_an_edited_module_is_not(edit: Callable[[nn.Module], object]) -> None:
     layer = nn.Linear(2, 3)
     edit(layer)
     assert not is_plain(layer, nn.Linear)
+
+
+def test_a_method_is_overridden_in_a_subclass_or_in_an_instance() -> None:
+    assert not is_overridden(nn.Linear(2, 3), nn.Linear, "forward", "extra_repr")
+    assert is_overridden(Doubled(2, 3), nn.Linear, "extra_repr", "forward")
+    assert not is_overridden(Doubled(2, 3), nn.Linear, "extra_repr")
+    layer = nn.Linear(2, 3)
+    layer.extra_repr = lambda: "mine"  # type: ignore[method-assign]
+    assert is_overridden(layer, nn.Linear, "forward", "extra_repr")

@@ -436,12 +436,21 @@ def test_a_tape_replays_what_was_acted(policy: LstmActorCriticPolicy) -> None:
         assert th.allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
-def test_a_policy_with_features_of_its_own_gets_no_tape() -> None:
-    class Doubled(CnnLstmPolicy):
-        def extract_features(self, obs: Any, features_extractor: Any = None) -> th.Tensor:
-            return 2 * super().extract_features(obs, features_extractor)
+@pytest.mark.parametrize("method", ["extract_features", "forward", "act", "evaluate_actions"])
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_a_policy_with_methods_of_its_own_gets_no_tape(kind: str, method: str) -> None:
+    policy = make(kind)
+    assert policy.new_tape(2, [slice(0, 8)]) is not None
+    original = getattr(policy, method)
 
-    assert Doubled(IMAGE, CHOICE, lambda _: 1e-4).new_tape(2, [slice(0, 8)]) is None
+    def own(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    setattr(policy, method, own)
+    assert policy.new_tape(2, [slice(0, 8)]) is None
+    subclass = type("Own", (type(policy),), {method: own})
+    another = subclass(policy.observation_space, policy.action_space, lambda _: 1e-4)
+    assert another.new_tape(2, [slice(0, 8)]) is None
 
 
 # --- networks ---

@@ -43,7 +43,8 @@ def test_each_chunk_replays_its_environments(extractor_class: type[BaseFeaturesE
         if part.convolutions is not None:
             assert th.allclose(part.convolutions.replay(), features, rtol=1e-4, atol=1e-6)
         expected, _ = run_lstm(lstm, features, tuple(x[:, chunk].contiguous() for x in first), starts[:, chunk])
-        assert th.allclose(part.lstm.replay(features, part.envs), expected, rtol=1e-4, atol=1e-6)
+        for given in (features, None):
+            assert th.allclose(part.lstm.replay(given, part.envs), expected, rtol=1e-4, atol=1e-6)
 
 
 class Noisy(BabyCNN):
@@ -78,7 +79,11 @@ def _deeper(cnn: BabyCNN) -> None:
     cnn.cnn.insert(1, nn.BatchNorm2d(32))
 
 
-@pytest.mark.parametrize("edit", [_relu, _hook, _normalized, _deeper])
+def _tied(cnn: BabyCNN) -> None:
+    cnn.cnn[4] = cnn.cnn[2]
+
+
+@pytest.mark.parametrize("edit", [_relu, _hook, _normalized, _deeper, _tied])
 def test_edited_convolutions_get_no_tape(edit: Callable[[BabyCNN], None]) -> None:
     cnn = BabyCNN(SMALL)
     edit(cnn)
@@ -87,10 +92,14 @@ def test_edited_convolutions_get_no_tape(edit: Callable[[BabyCNN], None]) -> Non
 
 def test_an_lstm_that_learns_otherwise_than_it_acts_gets_no_tape() -> None:
     extractor = FlattenExtractor(SMALL)
+    assert new_tape(extractor, lstm_after(extractor, num_layers=2), 2, CHUNKS) is not None
     assert new_tape(extractor, lstm_after(extractor, num_layers=2, dropout=0.5), 2, CHUNKS) is None
-    hooked = lstm_after(extractor)
-    hooked.register_forward_hook(lambda module, inputs, output: None)
-    assert new_tape(extractor, hooked, 2, CHUNKS) is None
+
+
+def test_an_edited_flatten_extractor_gets_no_tape() -> None:
+    extractor = FlattenExtractor(SMALL)
+    extractor.flatten = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(extractor.features_dim))  # type: ignore[assignment]
+    assert new_tape(extractor, lstm_after(extractor), 2, CHUNKS) is None
 
 
 @pytest.mark.parametrize("extractor_class", [BabyCNN, FlattenExtractor])
@@ -100,7 +109,7 @@ def test_a_tape_is_not_too_large(monkeypatch: pytest.MonkeyPatch, extractor_clas
     tape = new_tape(extractor, lstm, 5, CHUNKS)
     assert tape is not None
     parts = [part for layer in tape._lstm.layers for part in vars(layer).values() if isinstance(part, th.Tensor)]
-    kept = [part for part in parts if part.is_floating_point() and not isinstance(part, nn.Parameter)]
+    kept = [part for part in parts if part.is_floating_point()]
     kept += [part for convolutions in tape._convolutions for part in convolutions.kept]
     monkeypatch.setattr(tape_module, "MAX_TAPE_BYTES", sum(part.nbytes for part in kept))
     assert new_tape(extractor, lstm, 5, CHUNKS) is not None

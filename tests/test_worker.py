@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_a3c import A3C, DivergenceError, tape
-from sb3_a3c.convolutions import ConvolutionTape
+from sb3_a3c import A3C, DivergenceError, MlpLstmPolicy, tape
+from sb3_a3c.lstm import LstmTape
 from sb3_a3c.worker import ActorLearner, Rollout
 
 
@@ -113,29 +114,67 @@ def test_updates_are_made_for_each_chunk_of_environments() -> None:
         assert model._n_updates == 2 * n_updates
 
 
-def test_tapes_save_work_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def _images() -> VecEnv:
+    env = DummyVecEnv([functools.partial(FakeImageEnv, screen_height=36, screen_width=36, n_channels=1)] * 3)
+    for i, single in enumerate(env.envs):
+        single.observation_space.seed(i)
+    return env
+
+
+@pytest.mark.parametrize(
+    ("policy", "make_env", "kwargs"),
+    [
+        ("CnnLstmPolicy", _images, {}),
+        ("MlpLstmPolicy", functools.partial(cartpole, 3), {}),
+        ("MlpLstmPolicy", functools.partial(make_vec_env, "Pendulum-v1", 3), {"use_sde": True, "sde_sample_freq": 3}),
+    ],
+)
+@pytest.mark.parametrize("envs_per_update", [3, 2])
+def test_tapes_save_work_only(
+    policy: str,
+    make_env: Callable[[], VecEnv],
+    kwargs: dict[str, Any],
+    envs_per_update: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     replays = []
-    replay = ConvolutionTape.replay
+    replay = LstmTape.replay
 
-    def replay_and_count(self: ConvolutionTape) -> th.Tensor:
+    def replay_and_count(self: LstmTape, *args: Any) -> th.Tensor:
         replays.append(self)
-        return replay(self)
+        return replay(self, *args)
 
-    monkeypatch.setattr(ConvolutionTape, "replay", replay_and_count)
+    class OtherSteps(BaseCallback):
+        """A callback may change the shape of rollouts."""
+
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 60:
+                self.model.n_steps = 12  # type: ignore[attr-defined]
+            return True
+
+    monkeypatch.setattr(LstmTape, "replay", replay_and_count)
     weights = []
-    for envs_per_update, max_bytes, n_replays in ((3, 10**9, 2), (3, 0, 0), (2, 10**9, 4), (2, 0, 0)):
+    for max_bytes in (10**9, 0):
         monkeypatch.setattr(tape, "MAX_TAPE_BYTES", max_bytes)
-        env = DummyVecEnv([functools.partial(FakeImageEnv, screen_height=36, screen_width=36, n_channels=1)] * 3)
-        for i, single in enumerate(env.envs):
-            single.observation_space.seed(i)
-        model = A3C("CnnLstmPolicy", env, n_steps=4, envs_per_update=envs_per_update, n_workers=0, seed=0)
-        model.learn(24)
+        env = make_env()
+        model = A3C(policy, env, n_steps=10, envs_per_update=envs_per_update, n_workers=0, seed=0, **kwargs)
+        model.learn(130, OtherSteps())
         env.close()
-        assert len(replays) == n_replays
+        assert len(replays) == (model._n_updates if max_bytes else 0)
+        assert model.num_timesteps == 30 + 30 + 36 + 36
         replays.clear()
         weights.append(th.cat([parameter.detach().flatten() for parameter in model.policy.parameters()]))
-    for with_tapes, without in (weights[:2], weights[2:]):
-        assert th.allclose(with_tapes, without, atol=1e-5)
+    assert th.allclose(weights[0], weights[1], atol=2e-5)
+
+
+def test_a_policy_whose_act_knows_no_tape_acts() -> None:
+    class Old(MlpLstmPolicy):
+        def act(self, obs: Any, state: Any, episode_starts: th.Tensor) -> Any:  # type: ignore[override]
+            return super().act(obs, state, episode_starts)
+
+    model = A3C(Old, cartpole(2), n_steps=5, n_workers=0)
+    model.learn(20)
+    assert model._n_updates == 2
 
 
 def test_the_learning_rate_follows_the_timesteps_of_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,58 +2,87 @@
 One run of the search for the settings that learn Pong soonest:
 
     python examples/benchmarks/pong_settings.py --learning-rate 4e-4 --envs-per-update 8
+    python examples/benchmarks/pong_settings.py --learning-rate 4e-4 --envs-per-update 8 --seconds 15
 
 Leaves the logged curve (``progress.csv``), checkpoints and the final model in ``logs/pong_settings/<settings>/``. What is
 not given is as in ``train_atari.py``. Timesteps are decisions of the agent; the score is that of training. With
-``--resume`` and more ``--timesteps`` it goes on from the final model, and the curve in a folder ``from_<timesteps>``.
+``--resume`` and more ``--timesteps`` it goes on from the final model, and the curve in a folder ``from_<timesteps>``. With
+``--seconds`` it only tells the steps per second, and leaves nothing.
 """
 
 import argparse
 from pathlib import Path
 
+import torch as th
+from measuring import Clock
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c import A3C
 from sb3_a3c.atari import make_ale_vec_env
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--n-envs", type=int, default=16)
-parser.add_argument("--n-steps", type=int, default=20)
-parser.add_argument("--envs-per-update", type=int, default=4)
-parser.add_argument("--learning-rate", type=float, default=2e-4)
-parser.add_argument("--anneal", action="store_true", help="let the learning rate fall linearly to 0")
-parser.add_argument("--rms-prop", action="store_true", help="instead of Adam")
-parser.add_argument("--timesteps", type=int, default=2_000_000)
-parser.add_argument("--seed", type=int, default=1)
-parser.add_argument("--resume", action="store_true", help="go on from the final model")
-arguments = parser.parse_args()
+ENV = "PongNoFrameskip-v4"
+SEARCHED = ("n_envs", "n_steps", "envs_per_update", "learning_rate", "anneal", "rms_prop", "bfloat16", "seed")
 
-rate = arguments.learning_rate
-searched = ("n_envs", "n_steps", "envs_per_update", "learning_rate", "anneal", "rms_prop", "seed")
-given = {name: getattr(arguments, name) for name in searched if getattr(arguments, name) != parser.get_default(name)}
-folder = Path("logs/pong_settings") / ("_".join(f"{name}={value}" for name, value in given.items()) or "defaults")
-monitor_kwargs = {"override_existing": not arguments.resume}
-env = make_ale_vec_env(
-    "PongNoFrameskip-v4", arguments.n_envs, arguments.seed, monitor_dir=str(folder), monitor_kwargs=monitor_kwargs
-)
-if arguments.resume:
-    model = A3C.load(folder / "model", env)
-    model.set_random_seed(arguments.seed + model.num_timesteps)  # not the episodes of the beginning again
-else:
-    model = A3C(
+
+def new_model(settings: argparse.Namespace, env: VecEnv) -> A3C:
+    """Untrained."""
+    rate = settings.learning_rate
+    return A3C(
         "CnnLstmPolicy",
         env,
-        learning_rate=(lambda progress: rate * progress) if arguments.anneal else rate,
-        n_steps=arguments.n_steps,
-        envs_per_update=arguments.envs_per_update,
-        use_rms_prop=arguments.rms_prop,
-        seed=arguments.seed,
+        learning_rate=(lambda progress: rate * progress) if settings.anneal else rate,
+        n_steps=settings.n_steps,
+        envs_per_update=settings.envs_per_update,
+        use_rms_prop=settings.rms_prop,
+        policy_kwargs=dict(features_extractor_kwargs=dict(dtype=th.bfloat16)) if settings.bfloat16 else None,
+        seed=settings.seed,
     )
-curve = folder / f"from_{model.num_timesteps}" if arguments.resume else folder
-model.set_logger(configure(str(curve), ["csv", "stdout"]))
-checkpoints = CheckpointCallback(100_000 // arguments.n_envs, str(folder / "checkpoints"))
-remaining = arguments.timesteps - model.num_timesteps
-model.learn(remaining, checkpoints, log_interval=20, reset_num_timesteps=not arguments.resume)
-model.save(folder / "model")
-env.close()
+
+
+def train(settings: argparse.Namespace, folder: Path) -> None:
+    """Train, and leave everything in the folder."""
+    monitor_kwargs = {"override_existing": not settings.resume}
+    env = make_ale_vec_env(ENV, settings.n_envs, settings.seed, monitor_dir=str(folder), monitor_kwargs=monitor_kwargs)
+    if settings.resume:
+        model = A3C.load(folder / "model", env)
+        model.set_random_seed(settings.seed + model.num_timesteps)  # not the episodes of the beginning again
+    else:
+        model = new_model(settings, env)
+    curve = folder / f"from_{model.num_timesteps}" if settings.resume else folder
+    model.set_logger(configure(str(curve), ["csv", "stdout"]))
+    checkpoints = CheckpointCallback(100_000 // settings.n_envs, str(folder / "checkpoints"))
+    remaining = settings.timesteps - model.num_timesteps
+    model.learn(remaining, checkpoints, log_interval=20, reset_num_timesteps=not settings.resume)
+    model.save(folder / "model")
+    env.close()
+
+
+def main() -> None:
+    """Train, or measure the speed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n-envs", type=int, default=16)
+    parser.add_argument("--n-steps", type=int, default=20)
+    parser.add_argument("--envs-per-update", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--anneal", action="store_true", help="let the learning rate fall linearly to 0")
+    parser.add_argument("--rms-prop", action="store_true", help="instead of Adam")
+    parser.add_argument("--bfloat16", action="store_true", help="convolutions in lower precision")
+    parser.add_argument("--timesteps", type=int, default=2_000_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--resume", action="store_true", help="go on from the final model")
+    parser.add_argument("--seconds", type=float, help="measure the speed for so long, instead of training")
+    settings = parser.parse_args()
+    given = {name: getattr(settings, name) for name in SEARCHED if getattr(settings, name) != parser.get_default(name)}
+    name = "_".join(f"{key}={value}" for key, value in given.items()) or "defaults"
+    if settings.seconds:
+        clock = Clock(settings.seconds)
+        new_model(settings, make_ale_vec_env(ENV, settings.n_envs, settings.seed)).learn(10**9, clock)
+        print(f"{name}: {clock.steps_per_second:.0f} steps/s")
+    else:
+        train(settings, Path("logs/pong_settings") / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -99,8 +99,8 @@ def classic(env_id: str, seconds: float, make_env: MakeEnv = make_atari_env) -> 
 
 def lower_bound(env_id: str, seconds: float, make_env: MakeEnv = make_atari_env) -> Result:
     """
-    What one core can't beat, in microseconds a step: the bare environment, and one forward and one backward pass of the
-    network, at the batch and in the way in which they are fastest. Nothing is shared or reported.
+    What one core needs for the bare environment, and for one forward and one backward pass of the network in float32, at the
+    best of several batches and with the faster of two ways; in microseconds a step. Nothing is shared or reported.
     """
     th.set_num_threads(1)
     keep_freed_memory()
