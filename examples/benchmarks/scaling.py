@@ -17,7 +17,9 @@ import statistics
 import time
 from typing import Any
 
+import ale_py
 import cloudpickle
+import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import torch as th
@@ -27,6 +29,8 @@ from stable_baselines3.common.env_util import make_atari_env
 from sb3_a3c import A3C
 from sb3_a3c.service import keep_freed_memory
 from sb3_a3c.shared import ParameterStore, Replica
+
+gym.register_envs(ale_py)
 
 ENV = "PongNoFrameskip-v4"
 ENVS_PER_WORKER = 8

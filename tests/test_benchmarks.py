@@ -1,0 +1,38 @@
+"""The benchmarks still measure: short runs, whose figures mean nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
+
+
+def last_line(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1]
+
+
+def test_throughput_of_a3c_and_what_bounds_it() -> None:
+    arguments = ("--games", "Pong", "--seconds", "0.4", "--only")
+    a3c = json.loads(last_line("throughput.py", *arguments, "A3C, native"))
+    assert list(a3c) == ["steps/s", "acting", "stepping", "learning", "sharing"]
+    assert min(a3c.values()) > 0
+    bound = json.loads(last_line("throughput.py", *arguments, "lower bound, native"))
+    assert bound["network"] == min(list(bound.values())[3:])
+    assert bound["steps/s"] == pytest.approx(len(os.sched_getaffinity(0)) * 1e6 / (bound["emulator"] + bound["network"]))
+
+
+def test_scaling() -> None:
+    assert float(last_line("scaling.py", "--only", "1", "--seconds", "0.4")) > 0
+
+
+def test_pong_settings() -> None:
+    line = last_line("pong_settings.py", "--n-envs", "4", "--seconds", "0.4")
+    assert line.startswith("n_envs=4: ")
+    assert line.endswith(" steps/s")
