@@ -165,8 +165,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :return: actions (n_envs, …), values (n_envs, 1), log-probabilities (n_envs,), and the state after the step
         """
         latent, state = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts[None])
-        values = self.value_net(self.mlp_extractor.forward_critic(latent))
-        distribution = self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent))
+        distribution, values = self._heads(latent)
         actions = distribution.get_actions(deterministic=deterministic)
         log_prob = distribution.log_prob(actions)
         assert self.action_space.shape is not None
@@ -194,6 +193,11 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         values = self.value_net(self.mlp_extractor.forward_critic(latent))
         return sample_actions(self, self.mlp_extractor.forward_actor(latent)), values, state
 
+    def _heads(self, latent: th.Tensor) -> tuple[Distribution, th.Tensor]:
+        """(batch, lstm_hidden_size) -> distribution of actions, values (batch, 1)"""
+        values = self.value_net(self.mlp_extractor.forward_critic(latent))
+        return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent)), values
+
     def evaluate_actions(  # type: ignore[override]
         self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor, tape: ChunkTape | None = None
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
@@ -212,8 +216,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         else:
             features = None if tape.convolutions is None else tape.convolutions.replay()
             latent = tape.lstm.replay(features, tape.envs)
-        values = self.value_net(self.mlp_extractor.forward_critic(latent))
-        distribution = self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent))
+        distribution, values = self._heads(latent)
         return values, distribution.log_prob(actions), distribution.entropy()
 
     def predict_values(  # type: ignore[override]
