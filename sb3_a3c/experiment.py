@@ -54,9 +54,18 @@ class A3CExperiment(ExperimentManager):
 
     def learn(self, model: BaseAlgorithm) -> None:
         """
+        Train. If it raises, the model is saved with what it has learned so far; Ctrl-C only ends the training.
+
         :param model: an initialized RL model
         """
-        super().learn(_Continued(model) if self.continue_training else model)  # type: ignore[arg-type]
+        try:
+            super().learn(_Continued(model) if self.continue_training else model)  # type: ignore[arg-type]
+        except Exception as error:
+            # a terminal's Ctrl-C ends the processes of a SubprocVecEnv too, so that closing it fails
+            if isinstance(error, BrokenPipeError) and error.__context__ is None:
+                return
+            self.save_trained_model(model)
+            raise
 
     def objective(self, trial: optuna.Trial) -> float:
         """
@@ -100,11 +109,11 @@ def carry_over_monitor_files(source: Path, target: Path, n_timesteps: int) -> No
     for path in sorted(source.glob(f"*.{Monitor.EXT}")):
         copy = target / (f"{source.name}.{path.name}" if re.fullmatch(rf"\d+\.{Monitor.EXT}", path.name) else path.name)
         with path.open(newline="") as file:
-            header, columns, *rows = file.readline(), file.readline(), *csv.reader(file)
+            header, columns, *lines = file
         copy.write_text(header + columns, newline="")
         t_start = json.loads(header[1:])["t_start"]
-        whole = len(columns.split(","))  # of a killed run, the last row may be cut off
-        episodes += [(t_start + float(row[2]), int(row[1]), copy, row) for row in rows if len(row) == whole]
+        rows = csv.reader(line for line in lines if line.endswith("\n"))  # of a killed run, the last row may be cut off
+        episodes += [(t_start + float(row[2]), int(row[1]), copy, row) for row in rows]
     for _, length, copy, row in sorted(episodes, key=lambda episode: episode[0]):
         n_timesteps -= length
         if n_timesteps < 0:

@@ -8,6 +8,7 @@ Options, folders and files are RL Zoo's. Only where no ``--conf-file`` is given,
 import argparse
 import contextlib
 import importlib
+import multiprocessing
 import os
 import runpy
 import shutil
@@ -69,6 +70,7 @@ def main() -> None:
     command = parser.parse_args(sys.argv[1:2]).command
     register()
     sys.argv = [f"{name} {command}", *sys.argv[2:]]
+    multiprocessing.set_forkserver_preload(["rl_zoo3.train"])  # or each process of `--vec-env subproc` imports it for itself
     with contextlib.ExitStack() as stack:
         if command in _CALLERS:
             stack.enter_context(_subprocesses_know_a3c())

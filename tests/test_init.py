@@ -38,6 +38,7 @@ LAYERS = {
     "atari": set(),
     "convolutions": {"plain"},
     "errors": set(),
+    "experiment": set(),
     "interrupts": set(),
     "launcher": set(),
     "loss": set(),
@@ -47,11 +48,13 @@ LAYERS = {
     "recurrent": {"actions", "lstm", "plain", "policies", "tape"},
     "redirect": set(),
     "reports": set(),
+    "search_space": set(),
     "shared": set(),
     "stopwatch": {"reports"},
     "subproc": set(),
     "tape": {"convolutions", "lstm", "plain"},
     "task": set(),
+    "zoo": {"a3c", "experiment", "search_space"},
 }
 
 

@@ -1,0 +1,369 @@
+"""RL Zoo's experiment with A3C: its file, runs that go on where others ended, trials that may fail."""
+
+import argparse
+import json
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch as th
+from rl_zoo3 import ALGOS
+from rl_zoo3 import train as train_module
+from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import load_results
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_a3c import A3C, worker
+from sb3_a3c.experiment import HYPERPARAMS, A3CExperiment, carry_over_monitor_files
+
+N_ENVS, N_STEPS = 2, 8
+FIRST, TOTAL = 64, 160
+#: In this process, so that each run has exactly as many timesteps as it is told.
+SETTINGS = [
+    *["--algo", "a3c", "--env", "CartPole-v1", "--eval-freq", "-1", "--seed", "1", "-params", f"n_envs:{N_ENVS}"],
+    *[
+        f"n_steps:{N_STEPS}",
+        "n_workers:0",
+        "policy_kwargs:dict(net_arch=[8])",
+        "normalize:True",
+        "learning_rate:'lin_0.001'",
+    ],
+]
+
+
+def write_monitor(path: Path, t_start: float, rows: list[str], columns: str = "r,l,t") -> None:
+    """As SB3 does: the header ends as the system's lines, all the others as those of CSV."""
+    header = f"#{json.dumps({'t_start': t_start, 'env_id': 'CartPole-v1'})}\n"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(header + "".join(f"{row}\r\n" for row in [columns, *rows]), newline="")
+
+
+def rows_of(path: Path) -> list[str]:
+    header, _columns, *rows = path.read_bytes().decode().split("\n")
+    assert header.startswith("#")
+    assert rows.pop() == ""  # the last one ends too
+    assert all(row.endswith("\r") for row in rows)
+    return [row.removesuffix("\r") for row in rows]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Episodes of two environments. By the time of their ends: 10 and 20 steps, then 10, then 5."""
+    folder = tmp_path / "CartPole-v1_1"
+    write_monitor(folder / "0.monitor.csv", 100.0, ["10.0,10,1.0", "10.0,10,5.0"])
+    write_monitor(folder / "1.monitor.csv", 102.0, ["20.0,20,1.0", "5.0,5,4.0"])
+    return folder
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    folder = tmp_path / "CartPole-v1_2"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("n_timesteps", "lengths"),
+    [
+        (45, ([10, 10], [20, 5])),
+        (44, ([10, 10], [20])),
+        (40, ([10, 10], [20])),
+        (39, ([10], [20])),  # also not the shorter one after the first that is too much
+        (30, ([10], [20])),
+        (29, ([10], [])),
+        (9, ([], [])),
+    ],
+)
+def test_episodes_are_cut_in_the_order_of_time(
+    n_timesteps: int, lengths: tuple[list[int], list[int]], source: Path, target: Path
+) -> None:
+    carry_over_monitor_files(source, target, n_timesteps)
+    for i, kept in enumerate(lengths):
+        original = rows_of(source / f"{i}.monitor.csv")
+        assert rows_of(target / f"CartPole-v1_1.{i}.monitor.csv") == original[: len(kept)]
+        assert [int(row.split(",")[1]) for row in original[: len(kept)]] == kept
+
+
+def test_copies_are_to_the_letter(source: Path, target: Path) -> None:
+    carry_over_monitor_files(source, target, 1000)
+    assert names(target) == ["CartPole-v1_1.0.monitor.csv", "CartPole-v1_1.1.monitor.csv"]
+    for i in range(2):
+        assert (target / f"CartPole-v1_1.{i}.monitor.csv").read_bytes() == (source / f"{i}.monitor.csv").read_bytes()
+    assert names(source) == ["0.monitor.csv", "1.monitor.csv"]
+
+
+def test_sb3_reads_copies_and_new_files_together(source: Path, target: Path) -> None:
+    carry_over_monitor_files(source, target, 40)
+    write_monitor(target / "0.monitor.csv", 200.0, ["7.0,7,2.0"])
+    write_monitor(target / "1.monitor.csv", 200.0, ["8.0,8,1.0"])
+    results = load_results(str(target))
+    assert results["l"].tolist() == [10, 20, 10, 8, 7]
+    assert results["t"].tolist() == [1.0, 3.0, 5.0, 101.0, 102.0]  # since the very beginning
+
+
+def test_copies_of_copies_keep_their_name(source: Path, target: Path, tmp_path: Path) -> None:
+    carry_over_monitor_files(source, target, 1000)
+    write_monitor(target / "0.monitor.csv", 200.0, ["7.0,7,2.0"])
+    third = tmp_path / "CartPole-v1_3"
+    third.mkdir()
+    carry_over_monitor_files(target, third, 1000)
+    assert names(third) == ["CartPole-v1_1.0.monitor.csv", "CartPole-v1_1.1.monitor.csv", "CartPole-v1_2.0.monitor.csv"]
+    assert load_results(str(third))["l"].tolist() == [10, 20, 10, 5, 7]
+
+
+LAST = "12.5,13,6.789"
+
+
+@pytest.mark.parametrize("n_bytes", range(len(LAST) + 1))
+def test_a_half_written_row_is_left_out(n_bytes: int, source: Path, target: Path) -> None:
+    """Without the line's end nobody knows whether "6.7" is all of the number."""
+    with (source / "0.monitor.csv").open("a", newline="") as file:
+        file.write(LAST[:n_bytes])
+    carry_over_monitor_files(source, target, 1000)
+    assert rows_of(target / "CartPole-v1_1.0.monitor.csv") == ["10.0,10,1.0", "10.0,10,5.0"]
+    assert load_results(str(target))["l"].tolist() == [10, 20, 10, 5]
+
+
+def test_extra_columns(target: Path, tmp_path: Path) -> None:
+    source = tmp_path / "Reach_1"
+    rows = ["1.0,10,1.0,True,a", '2.0,10,2.0,False,"b, c"']
+    write_monitor(source / "0.monitor.csv", 100.0, rows, columns="r,l,t,is_success,name")
+    carry_over_monitor_files(source, target, 1000)
+    assert rows_of(target / "Reach_1.0.monitor.csv") == rows
+    assert load_results(str(target))["is_success"].tolist() == [True, False]
+
+
+def test_no_monitor_files(target: Path, tmp_path: Path) -> None:
+    source = tmp_path / "empty"
+    source.mkdir()
+    (source / "CartPole-v1.zip").touch()
+    carry_over_monitor_files(source, target, 1000)
+    assert names(target) == []
+
+
+def test_no_episode_has_ended(target: Path, tmp_path: Path) -> None:
+    source = tmp_path / "CartPole-v1_1"
+    write_monitor(source / "0.monitor.csv", 100.0, [])
+    carry_over_monitor_files(source, target, 1000)
+    assert rows_of(target / "CartPole-v1_1.0.monitor.csv") == []
+    assert len(load_results(str(target))) == 0
+
+
+def experiment(folder: Path, **kwargs: Any) -> A3CExperiment:
+    return A3CExperiment(argparse.Namespace(), "a3c", "CartPole-v1", str(folder), **kwargs)
+
+
+def test_the_file_of_hyperparameters(tmp_path: Path) -> None:
+    assert HYPERPARAMS.is_file()
+    assert experiment(tmp_path).config == str(HYPERPARAMS)
+    assert experiment(tmp_path, config=None).config == str(HYPERPARAMS)
+    assert experiment(tmp_path, config="mine.yml").config == "mine.yml"
+
+
+def objective_that_raises(error: BaseException, folder: Path, monkeypatch: pytest.MonkeyPatch) -> optuna.Trial:
+    def objective(_self: Any, _trial: optuna.Trial) -> float:
+        raise error
+
+    monkeypatch.setattr(ExperimentManager, "objective", objective)
+    manager = experiment(folder)
+    manager._hyperparams = {"policy": "MlpPolicy"}
+    trial = optuna.create_study().ask()
+    manager.objective(trial)
+    return trial
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, AssertionError, ValueError, EOFError, MemoryError])
+def test_a_trial_that_raises_is_pruned(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = kind("broken")
+    with pytest.raises(optuna.TrialPruned, match=f"^{kind.__name__}: broken$") as raised:
+        objective_that_raises(error, tmp_path, monkeypatch)
+    assert raised.value.__cause__ is error
+    assert f"{kind.__name__}: broken" in capsys.readouterr().err  # with its traceback, for whoever watches
+
+
+def test_a_pruned_trial_is_pruned_silently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = optuna.TrialPruned("hopeless")
+    with pytest.raises(optuna.TrialPruned) as raised:
+        objective_that_raises(error, tmp_path, monkeypatch)
+    assert raised.value is error
+    assert capsys.readouterr().err.count("Traceback") == 0
+
+
+def test_ctrl_c_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        objective_that_raises(KeyboardInterrupt(), tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("policy", ["LstmActorCriticPolicy", A3C.policy_aliases["MlpLstmPolicy"]])
+def test_a_trial_knows_its_policy(policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ExperimentManager, "objective", lambda _self, trial: trial.user_attrs["policy"])
+    manager: Any = experiment(tmp_path)
+    manager._hyperparams = {"policy": policy}
+    assert manager.objective(optuna.create_study().ask()) == "LstmActorCriticPolicy"
+
+
+class Kept(A3CExperiment):
+    """Says what it was about to train, what it did, and what has been learned."""
+
+    created: list["Kept"]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.created.append(self)
+
+    def learn(self, model: BaseAlgorithm) -> None:
+        self.optimizer_before = deepcopy(model.policy.optimizer.state_dict())
+        self.n_timesteps_before = model.num_timesteps
+        super().learn(model)
+        self.model = model
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """RL Zoo's train, in this process."""
+
+    def run(*options: str) -> Kept:
+        Kept.created = []
+        monkeypatch.setitem(ALGOS, "a3c", A3C)
+        monkeypatch.setattr(train_module, "ExperimentManager", Kept)
+        monkeypatch.setattr(sys, "argv", ["train", "-f", str(tmp_path), *options, *SETTINGS])
+        train_module.train()
+        (manager,) = Kept.created
+        return manager
+
+    return run
+
+
+def moments(state: dict[str, Any]) -> dict[str, th.Tensor]:
+    return {f"{index}/{key}": value for index, entry in state["state"].items() for key, value in entry.items()}
+
+
+def statistics(folder: Path) -> Any:
+    env = VecNormalize.load(str(folder / "CartPole-v1" / "vecnormalize.pkl"), make_vec_env("CartPole-v1"))
+    env.close()
+    return env
+
+
+def test_a_run_goes_on(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    def update_learning_rate(optimizer: Any, rate: float) -> None:
+        rates.append(rate)
+        original(optimizer, rate)
+
+    original = worker.update_learning_rate  # type: ignore[attr-defined]
+    monkeypatch.setattr(worker, "update_learning_rate", update_learning_rate)
+
+    first = train("-n", str(FIRST))
+    folder = tmp_path / "a3c" / "CartPole-v1_1"
+    assert first.model.num_timesteps == FIRST
+    each = N_ENVS * N_STEPS
+    assert rates == pytest.approx([0.001 * (1 - steps / FIRST) for steps in range(each, FIRST + 1, each)])
+    saved = A3C.load(folder / "CartPole-v1.zip")
+    rates.clear()
+
+    second = train("-n", str(TOTAL), "-i", str(folder / "CartPole-v1.zip"))
+    continued = tmp_path / "a3c" / "CartPole-v1_2"
+    assert second.n_timesteps_before == FIRST
+    assert A3C.load(continued / "CartPole-v1.zip").num_timesteps == second.model.num_timesteps == TOTAL
+
+    before, loaded = moments(saved.policy.optimizer.state_dict()), moments(second.optimizer_before)
+    assert before.keys() == loaded.keys() and len(before) > 0
+    assert all(th.equal(before[key], loaded[key]) for key in before)
+    after = moments(second.model.policy.optimizer.state_dict())
+    updates = {float(after[key]) - float(before[key]) for key in before if key.endswith("/step")}
+    assert updates == {(TOTAL - FIRST) / each}
+    assert second.model._n_updates == TOTAL / each
+
+    # the schedule is that of a single run with the new total
+    steps = range(FIRST + each, TOTAL + 1, each)
+    assert rates == pytest.approx([0.001 * (1 - done / TOTAL) for done in steps])
+
+    old, new = statistics(folder), statistics(continued)
+    assert old.obs_rms.count >= FIRST
+    assert new.obs_rms.count - old.obs_rms.count >= TOTAL - FIRST
+    assert new.ret_rms.count - old.ret_rms.count == pytest.approx(TOTAL - FIRST)
+
+    lengths = load_results(str(continued))["l"].tolist()
+    kept = load_results(str(folder))["l"].tolist()
+    assert len(kept) > 0 and lengths[: len(kept)] == kept
+    assert len(lengths) > len(kept)
+    assert np.sum(lengths) <= TOTAL
+    assert names(continued) == [
+        *["0.monitor.csv", "1.monitor.csv", "CartPole-v1", "CartPole-v1.zip"],
+        *["CartPole-v1_1.0.monitor.csv", "CartPole-v1_1.1.monitor.csv"],
+    ]
+
+
+@pytest.mark.parametrize("n_timesteps", [FIRST - 1, FIRST])
+def test_nothing_is_left_to_train(n_timesteps: int, train: Any, tmp_path: Path) -> None:
+    train("-n", str(FIRST))
+    model = tmp_path / "a3c" / "CartPole-v1_1" / "CartPole-v1.zip"
+    with pytest.raises(ValueError, match=rf"in total: {n_timesteps}\. Use a larger one, such as -n {2 * FIRST}\.") as raised:
+        train("-n", str(n_timesteps), "-i", str(model))
+    assert f"{model} has been trained for {FIRST} timesteps" in str(raised.value)
+    assert names(tmp_path / "a3c") == ["CartPole-v1_1"]  # what `enjoy` plays is still the run that has a model
+
+
+def test_a_new_run_carries_nothing_over(train: Any, tmp_path: Path) -> None:
+    train("-n", str(FIRST))
+    second = train("-n", str(FIRST))
+    assert second.n_timesteps_before == 0
+    assert second.model.num_timesteps == FIRST
+    assert names(tmp_path / "a3c" / "CartPole-v1_2") == ["0.monitor.csv", "1.monitor.csv", "CartPole-v1", "CartPole-v1.zip"]
+
+
+def test_what_was_learned_before_an_error_is_saved(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rollout(self: Any) -> Any:
+        rollouts.append(self)
+        if len(rollouts) > 3:
+            raise RuntimeError("broken on purpose")
+        return original(self)
+
+    rollouts: list[Any] = []
+    original = worker.ActorLearner.rollout
+    monkeypatch.setattr(worker.ActorLearner, "rollout", rollout)
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        train("-n", str(TOTAL))
+    folder = tmp_path / "a3c" / "CartPole-v1_1"
+    saved = A3C.load(folder / "CartPole-v1.zip")
+    assert saved.num_timesteps == 3 * N_ENVS * N_STEPS
+    assert saved._n_updates == 3
+    assert statistics(folder).obs_rms.count >= saved.num_timesteps
+
+
+@pytest.mark.parametrize("during", ["Ctrl-C", "an error"])
+def test_environments_that_are_gone_when_they_are_to_be_closed(
+    during: str, train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a terminal's Ctrl-C leaves those of a SubprocVecEnv. Other broken pipes are errors."""
+
+    def learn(*_args: Any, **_kwargs: Any) -> None:
+        raise KeyboardInterrupt if during == "Ctrl-C" else EOFError
+
+    def close(self: VecNormalize) -> None:
+        self.venv.close()
+        raise BrokenPipeError
+
+    monkeypatch.setattr(VecNormalize, "close", close)
+    monkeypatch.setattr(A3C, "learn", learn)
+    if during == "Ctrl-C":
+        train("-n", str(FIRST))
+    else:
+        with pytest.raises(BrokenPipeError):
+            train("-n", str(FIRST))
+    assert (tmp_path / "a3c" / "CartPole-v1_1" / "CartPole-v1.zip").exists()
