@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import rl_zoo3.import_envs  # noqa: F401
 import yaml  # type: ignore[import-untyped]
+from rl_zoo3 import create_test_env
 
 from sb3_a3c import A3C
+from sb3_a3c.atari import make_ale_vec_env
 from sb3_a3c.experiment import HYPERPARAMS
 
 TEXT = HYPERPARAMS.read_text()
@@ -101,6 +104,30 @@ def test_environments_exist(name: str) -> None:
 def test_an_entry_says_what_it_reached(name: str) -> None:
     line = comment(name)
     assert bool(SCORE.match(line)) != bool(UNTUNED.match(line)), f"above {name}: {line!r}"
+
+
+def test_atari_games_are_the_fast_ones() -> None:
+    """Those that `make_ale_vec_env` makes, step for step."""
+    entry = ENTRIES["atari"]
+    arguments: Any = dict(n_envs=1, seed=3)
+    ours: Any = create_test_env(
+        "PongNoFrameskip-v4",
+        **arguments,
+        should_render=False,
+        hyperparams={"env_wrapper": entry["env_wrapper"]},
+        env_kwargs=entry["env_kwargs"],
+    )
+    fast: Any = make_ale_vec_env("PongNoFrameskip-v4", **arguments)
+    assert np.array_equal(ours.reset(), fast.reset())
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        action = generator.integers(6, size=1)
+        (obs, *rest, info), (fast_obs, *fast_rest, fast_info) = ours.step(action), fast.step(action)
+        assert np.array_equal(obs, fast_obs)
+        assert rest == fast_rest
+        assert info[0].keys() == fast_info[0].keys()
+    ours.close()
+    fast.close()
 
 
 @pytest.mark.slow
