@@ -1,5 +1,8 @@
 """The algorithm class: what the user types."""
 
+import io
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -13,6 +16,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_a3c.archive import check_archive, write_whole
 from sb3_a3c.arguments import check_device, check_policy, check_processes, check_settings, check_spaces, check_workers
 from sb3_a3c.collector import HogwildCollector
 from sb3_a3c.envs import clone_env, pending_options, pending_seeds, unobserved
@@ -372,6 +376,55 @@ class A3C(OnPolicyAlgorithm):
             if hasattr(self.policy, "log_std"):
                 self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
         super().dump_logs(iteration)
+
+    def save(
+        self,
+        path: str | Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save all the attributes of the object and the model parameters in a zip-file. A file that is there already is
+        replaced once the new one is complete, and is whole until then.
+
+        :param path: path to the file where the rl agent should be saved, or a file
+        :param exclude: name of parameters that should be excluded in addition to the default ones
+        :param include: name of parameters that might be excluded but should be included anyway
+        """
+        save = super().save
+        if isinstance(path, str | Path):
+            write_whole(path, lambda file: save(file, exclude, include))
+        else:
+            save(path, exclude, include)
+
+    @classmethod
+    def load(
+        cls: type[SelfA3C],
+        path: str | Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfA3C:
+        """
+        Load the model from a zip-file. Parts of it are pickled, and a pickle can do anything when it is loaded: take files
+        only from those whose programs you would run.
+
+        :param path: path to the file (or a file-like) where to load the agent from
+        :param env: the new environment to run the loaded model on
+            (can be None if you only need prediction from a trained model) has priority over any saved environment
+        :param device: Device on which the code should run: "cpu" or "auto"
+        :param custom_objects: Dictionary of objects to replace upon loading.
+        :param print_system_info: Whether to print system info from the saved model and the current system info
+        :param force_reset: Force call to ``reset()`` before training
+        :param kwargs: extra arguments to change the model when loading
+        :return: new model instance with loaded parameters
+        :raises ValueError: if the file is damaged or another algorithm's, or what it holds can't be used
+        """
+        check_archive(path, own_argument="envs_per_update")
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
         """

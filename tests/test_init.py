@@ -10,7 +10,7 @@ PACKAGE = Path(sb3_a3c.__file__).parent
 #: Which modules of ours each module may import: the layout of the architecture, one direction only.
 LAYERS = {
     "__init__": {"a3c", "errors", "policies"},
-    "a3c": {"arguments", "collector", "envs", "interrupts", "policies", "shared", "task"},
+    "a3c": {"archive", "arguments", "collector", "envs", "interrupts", "policies", "shared", "task"},
     "arguments": {"envs", "policies", "task"},
     "collector": {
         "envs",
@@ -35,6 +35,7 @@ LAYERS = {
     "channel": set(),
     "envs": {"subproc"},
     "actions": set(),
+    "archive": set(),
     "atari": set(),
     "convolutions": {"plain"},
     "errors": set(),
