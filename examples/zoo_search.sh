@@ -3,8 +3,8 @@
 #
 #   bash examples/zoo_search.sh [environment] [trials] [timesteps of a trial] [timesteps of the training]
 #
-# Needs `pip install ".[zoo]"`. What is tried stands in sb3_a3c/search_space.py; policy, environments and all that is not
-# tried stay as in the file of hyper-parameters. Two trials run at a time, each with one worker. Trials are kept in a
+# Needs `pip install ".[zoo]"`. What is tried stands in sb3_a3c/search_space.py; what is not stays as in the file of
+# hyper-parameters, but for `policy_kwargs`, which are replaced. Two trials run at a time, each with one worker. Trials are kept in a
 # journal: call it again to add more, or let several of these searches run at once.
 set -euo pipefail
 
@@ -18,7 +18,6 @@ search=(--storage "$journal" --study-name "a3c_$env")
 python -m sb3_a3c.zoo train --algo a3c --env "$env" -n "$trial_timesteps" -params n_workers:1 "${search[@]}" \
     -optimize --n-trials "$trials" --n-jobs 2 --n-startup-trials 5 --n-evaluations 4 --eval-episodes 10 --no-optim-plots
 
-# counted from the end, as RL Zoo takes the number 0 for none
 best=$(python - "$journal" "a3c_$env" <<'PY'
 import sys
 
@@ -28,7 +27,7 @@ from optuna.storages.journal import JournalFileBackend
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 study = optuna.load_study(study_name=sys.argv[2], storage=JournalStorage(JournalFileBackend(sys.argv[1])))
-print(study.best_trial.number - len(study.trials))
+print(study.best_trial.number)
 PY
 )
 python -m sb3_a3c.zoo train --algo a3c --env "$env" -n "$timesteps" "${search[@]}" --trial-id "$best" -P

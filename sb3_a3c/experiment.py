@@ -1,17 +1,24 @@
-"""RL Zoo's experiment, where A3C needs it to be different: the file of hyper-parameters, ``-i`` and failing trials."""
+"""RL Zoo's experiment, where A3C needs it to be different: the file of hyper-parameters, ``-i``, errors, and searches."""
 
 import csv
 import json
+import os
 import re
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 import optuna
+from rl_zoo3.callbacks import SaveVecNormalizeCallback
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from sb3_a3c.a3c import A3C
+from sb3_a3c.policies import LstmActorCriticPolicy
 
 #: The hyper-parameters that ``--algo a3c`` uses by default.
 HYPERPARAMS = Path(__file__).parent / "hyperparams" / "a3c.yml"
@@ -19,9 +26,13 @@ HYPERPARAMS = Path(__file__).parent / "hyperparams" / "a3c.yml"
 
 class A3CExperiment(ExperimentManager):
     """
-    RL Zoo's ``ExperimentManager``, with three differences. ``--conf-file`` is by default the file that comes with A3C.
-    ``-i`` goes on with the run that left the model: with its count of timesteps, its schedules and its monitor files, until
-    ``-n`` timesteps *in total*. A trial that raises, whatever it raises, does not end the search.
+    RL Zoo's ``ExperimentManager``, with these differences:
+
+    - ``--conf-file`` is by default the file that comes with A3C.
+    - ``-i`` goes on with the run that left the model: with its count of timesteps, its schedules, its statistics for
+      ``VecNormalize`` and its monitor files, until ``-n`` timesteps *in total*.
+    - A training that raises leaves its model, and so does one whose output nobody reads any more (``| tee`` and Ctrl-C).
+    - A trial that raises, whatever it raises, does not end the search; ``--trial-id 0`` is a trial too.
 
     :param args: those of ``ExperimentManager``
     :param config: the file of hyper-parameters. None: A3C's own
@@ -31,26 +42,39 @@ class A3CExperiment(ExperimentManager):
     def __init__(self, *args: Any, config: str | None = None, **kwargs: Any) -> None:
         kwargs["config"] = config or str(HYPERPARAMS)
         super().__init__(*args, **kwargs)
+        if self.trial_id is not None:
+            self.trial_id: Any = str(self.trial_id)  # RL Zoo asks whether it is true, and the number 0 is not
+
+    def load_trial(
+        self, storage: str, study_name: str, trial_id: int | str | None = None, convert: bool = True
+    ) -> dict[str, Any]:
+        """
+        :param storage: of the study
+        :param study_name: its name
+        :param trial_id: number of the trial. None: the best
+        :param convert: to A3C's arguments
+        :return: hyper-parameters of a trial
+        """
+        return super().load_trial(storage, study_name, None if trial_id is None else int(trial_id), convert)
 
     def create_log_folder(self) -> None:
         """
         Create the folder of the run; with ``-i``, put the monitor files of the runs before into it.
 
-        :raises ValueError: if the model is not to be trained any further
+        :raises ValueError: if the model is not to be trained any further, or its statistics are not there
         """
-        if not self.continue_training:
-            super().create_log_folder()  # type: ignore[no-untyped-call]
-            return
-        data, _, _ = load_from_zip_file(self.trained_agent)
-        assert data is not None
-        done: int = data["num_timesteps"]
-        if done >= self.n_timesteps:  # said before there is a folder, which `enjoy` would take for the latest run
-            raise ValueError(
-                f"{self.trained_agent} has been trained for {done} timesteps, and -n (or n_timesteps in the file) is the "
-                f"number of timesteps in total: {self.n_timesteps}. Use a larger one, such as -n {2 * done}."
-            )
+        if self.continue_training:
+            self._check_that_it_can_go_on()  # before there is a folder, which `enjoy` would take for the latest run
         super().create_log_folder()  # type: ignore[no-untyped-call]
-        carry_over_monitor_files(Path(self.trained_agent).parent, Path(self.save_path), done)
+        if self.continue_training:
+            model = Path(self.trained_agent).resolve()
+            carry_over_monitor_files(model.parent, Path(self.save_path), until=model.stat().st_mtime)
+
+    def create_callbacks(self) -> None:
+        """As RL Zoo's; with each checkpoint, statistics for ``VecNormalize`` are saved."""
+        super().create_callbacks()  # type: ignore[no-untyped-call]
+        if self.save_freq > 0:
+            self.callbacks.append(SaveVecNormalizeCallback(self.save_freq, self.params_path, name_prefix="vecnormalize"))
 
     def learn(self, model: BaseAlgorithm) -> None:
         """
@@ -58,14 +82,37 @@ class A3CExperiment(ExperimentManager):
 
         :param model: an initialized RL model
         """
+        trained = _Trained(model, self.continue_training)
         try:
-            super().learn(_Continued(model) if self.continue_training else model)  # type: ignore[arg-type]
+            super().learn(trained)  # type: ignore[arg-type]
         except Exception as error:
-            # a terminal's Ctrl-C ends the processes of a SubprocVecEnv too, so that closing it fails
-            if isinstance(error, BrokenPipeError) and error.__context__ is None:
+            # a terminal's Ctrl-C ends the processes of a SubprocVecEnv too, so that they can't be closed any more
+            if trained.interrupted and isinstance(error, ConnectionError):
                 return
             self.save_trained_model(model)
             raise
+
+    def save_trained_model(self, model: BaseAlgorithm) -> None:
+        """
+        Save the model, and statistics for ``VecNormalize``.
+
+        :param model: a trained one
+        """
+        try:
+            super().save_trained_model(model)
+            sys.stdout.flush()
+        except BrokenPipeError:  # of the output: a terminal's Ctrl-C ends what reads it too, such as `| tee`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            super().save_trained_model(model)
+
+    def hyperparameters_optimization(self) -> None:
+        """Search. What is found is printed, and written into the log folder."""
+        try:
+            super().hyperparameters_optimization()
+        except ValueError as error:
+            if "No trials are completed" not in str(error):
+                raise
+            sys.exit("No trial was completed, so there is no best one: see what they raised above.")
 
     def objective(self, trial: optuna.Trial) -> float:
         """
@@ -74,7 +121,7 @@ class A3CExperiment(ExperimentManager):
         :raises TrialPruned: also if the trial has raised anything else
         """
         policy = self._hyperparams["policy"]
-        trial.set_user_attr("policy", policy if isinstance(policy, str) else policy.__name__)
+        trial.set_user_attr("recurrent", issubclass(A3C.policy_aliases.get(policy, policy), LstmActorCriticPolicy))
         try:
             return super().objective(trial)
         except optuna.TrialPruned:
@@ -83,40 +130,79 @@ class A3CExperiment(ExperimentManager):
             traceback.print_exc()
             raise optuna.TrialPruned(f"{type(error).__name__}: {error}") from error
 
+    def _check_that_it_can_go_on(self) -> None:
+        data, _, _ = load_from_zip_file(self.trained_agent)
+        assert data is not None
+        done: int = data["num_timesteps"]
+        if done >= self.n_timesteps:
+            raise ValueError(
+                f"{self.trained_agent} has been trained for {done} timesteps, and -n (or n_timesteps in the file) is the "
+                f"number of timesteps in total: {self.n_timesteps}. Use a larger one, such as -n {2 * done}."
+            )
+        statistics = self._statistics_path()
+        if self.normalize and not statistics.exists():
+            raise ValueError(
+                f"{self.trained_agent} is to go on with VecNormalize, but its statistics are not at {statistics}. "
+                "Without them it would see other numbers than it has learned from. Use a model that has them, or "
+                "-params normalize:False if it was trained without."
+            )
 
-class _Continued:
-    """What ``ExperimentManager.learn`` needs of a model, which goes on until the given number of timesteps in total."""
+    def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
+        if not (self.continue_training and self.normalize):
+            return super()._maybe_normalize(env, eval_env)
+        print("Loading saved VecNormalize stats")
+        normalized = VecNormalize.load(str(self._statistics_path()), env)
+        if eval_env:
+            normalized.training = normalized.norm_reward = False
+        return normalized
 
-    def __init__(self, model: BaseAlgorithm) -> None:
+    def _statistics_path(self) -> Path:
+        """Where the statistics of ``-i``'s model are: a checkpoint has its own, other models share those of their run."""
+        model = Path(self.trained_agent)
+        checkpoint = re.search(r"_\d+_steps$", model.stem)
+        return model.parent / str(self.env_name) / f"vecnormalize{checkpoint[0] if checkpoint else ''}.pkl"
+
+
+class _Trained:
+    """
+    What ``ExperimentManager.learn`` needs of a model.
+
+    :param model: that is to learn
+    :param continued: whether to go on until the given number of timesteps in total
+    """
+
+    def __init__(self, model: BaseAlgorithm, continued: bool) -> None:
         self.env = model.env
+        self.interrupted = False
         self._model = model
+        self._continued = continued
 
     def learn(self, total_timesteps: int, **kwargs: Any) -> None:
-        remaining = total_timesteps - self._model.num_timesteps
-        self._model.learn(remaining, reset_num_timesteps=False, **kwargs)
+        done = self._model.num_timesteps if self._continued else 0
+        try:
+            self._model.learn(total_timesteps - done, reset_num_timesteps=not self._continued, **kwargs)
+        except KeyboardInterrupt:  # RL Zoo too goes on to save the model
+            self.interrupted = True
 
 
-def carry_over_monitor_files(source: Path, target: Path, n_timesteps: int) -> None:
+def carry_over_monitor_files(source: Path, target: Path, until: float) -> None:
     """
     Copy the episodes before a model was saved, so that plots of the continued run show all of it. The copies' names begin
-    with that of their run; next to them, the files of the new run begin anew.
+    with the second in which their run began; next to them, the files of the new run begin anew.
 
     :param source: folder of the run that left the model
     :param target: folder of the run that goes on with it
-    :param n_timesteps: how long the model had been trained: later episodes of that run are not copied
+    :param until: when the model was saved (seconds since 1970): later episodes are no part of it
     """
-    episodes: list[tuple[float, int, Path, list[str]]] = []  # (time of its end, length, copy, row)
     for path in sorted(source.glob(f"*.{Monitor.EXT}")):
-        copy = target / (f"{source.name}.{path.name}" if re.fullmatch(rf"\d+\.{Monitor.EXT}", path.name) else path.name)
         with path.open(newline="") as file:
-            header, columns, *lines = file
-        copy.write_text(header + columns, newline="")
+            lines = [line for line in file if line.endswith("\n")]  # of a killed run, the last one may be cut off
+        if len(lines) < 2:
+            continue
+        header, columns, *rows = lines
         t_start = json.loads(header[1:])["t_start"]
-        rows = csv.reader(line for line in lines if line.endswith("\n"))  # of a killed run, the last row may be cut off
-        episodes += [(t_start + float(row[2]), int(row[1]), copy, row) for row in rows]
-    for _, length, copy, row in sorted(episodes, key=lambda episode: episode[0]):
-        n_timesteps -= length
-        if n_timesteps < 0:
-            break
-        with copy.open("a", newline="") as file:
-            csv.writer(file).writerow(row)
+        ends = [t_start + float(row[2]) for row in csv.reader(rows)]
+        kept = [row for row, end in zip(rows, ends, strict=True) if end <= until]
+        is_copy = re.fullmatch(rf"\d+\.{Monitor.EXT}", path.name) is None
+        copy = target / (path.name if is_copy else f"{t_start:.0f}.{path.name}")
+        copy.write_text("".join([header, columns, *kept]), newline="")

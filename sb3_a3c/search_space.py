@@ -8,9 +8,9 @@ from rl_zoo3.hyperparams_opt import convert_onpolicy_params
 
 def sample_a3c_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
-    Sampler for A3C hyperparams. The policy, ``n_workers`` and ``n_envs`` stay what the file says.
+    Sampler for A3C hyperparams. What is not among them stays as the file says; ``policy_kwargs`` are replaced.
 
-    :param trial: asked for values; its attribute "policy" is the policy's name
+    :param trial: asked for values; its attribute "recurrent" says whether the policy has an LSTM of ours
     :param n_actions: not used
     :param n_envs: number of environments: an update learns from at most so many
     :param additional_args: not used
@@ -28,7 +28,7 @@ def sample_a3c_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
     trial.suggest_categorical("normalize_advantage", [False, True])
     trial.suggest_categorical("net_arch", ["tiny", "small", "medium"])
     trial.suggest_categorical("activation_fn", ["tanh", "relu"])
-    if "Lstm" in trial.user_attrs["policy"]:
+    if trial.user_attrs["recurrent"]:
         trial.suggest_int("lstm_hidden_size_pow", 4, 8)
     # Display true values
     trial.set_user_attr("gamma", 1 - one_minus_gamma)

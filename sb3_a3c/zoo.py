@@ -70,11 +70,14 @@ def main() -> None:
     command = parser.parse_args(sys.argv[1:2]).command
     register()
     sys.argv = [f"{name} {command}", *sys.argv[2:]]
+    sys.path.insert(0, os.getcwd())  # where wrappers and environments of one's own may be; `python -m` has done so too
     multiprocessing.set_forkserver_preload(["rl_zoo3.train"])  # or each process of `--vec-env subproc` imports it for itself
     with contextlib.ExitStack() as stack:
         if command in _CALLERS:
             stack.enter_context(_subprocesses_know_a3c())
         if command == "record_training":
+            if any(" " in path for path in (os.getcwd(), *sys.argv[1:])):  # RL Zoo does not quote them for the shell
+                sys.exit("record_training can't work with folders that have spaces in their names. Rename them.")
             stack.enter_context(_ffmpeg_on_path())
         if "plot" in command:
             stack.enter_context(_plots_are_kept(command))

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import pickle
+import re
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -11,16 +13,20 @@ import numpy as np
 import optuna
 import pytest
 import torch as th
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from rl_zoo3 import ALGOS
 from rl_zoo3 import train as train_module
 from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_a3c import A3C, worker
+from sb3_a3c import A3C, MlpLstmPolicy, MlpPolicy, worker
 from sb3_a3c.experiment import HYPERPARAMS, A3CExperiment, carry_over_monitor_files
+from sb3_a3c.search_space import convert_a3c_params, sample_a3c_params
 
 N_ENVS, N_STEPS = 2, 8
 FIRST, TOTAL = 64, 160
@@ -58,7 +64,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Episodes of two environments. By the time of their ends: 10 and 20 steps, then 10, then 5."""
+    """Episodes of two environments. They end at 101 and 105 s, and at 103 and 106 s."""
     folder = tmp_path / "CartPole-v1_1"
     write_monitor(folder / "0.monitor.csv", 100.0, ["10.0,10,1.0", "10.0,10,5.0"])
     write_monitor(folder / "1.monitor.csv", 102.0, ["20.0,20,1.0", "5.0,5,4.0"])
@@ -72,38 +78,31 @@ def target(tmp_path: Path) -> Path:
     return folder
 
 
+LATE = 1e9
+
+
 @pytest.mark.parametrize(
-    ("n_timesteps", "lengths"),
-    [
-        (45, ([10, 10], [20, 5])),
-        (44, ([10, 10], [20])),
-        (40, ([10, 10], [20])),
-        (39, ([10], [20])),  # also not the shorter one after the first that is too much
-        (30, ([10], [20])),
-        (29, ([10], [])),
-        (9, ([], [])),
-    ],
+    ("until", "n_kept"),
+    [(LATE, (2, 2)), (106.0, (2, 2)), (105.9, (2, 1)), (104.9, (1, 1)), (102.9, (1, 0)), (100.5, (0, 0))],
 )
-def test_episodes_are_cut_in_the_order_of_time(
-    n_timesteps: int, lengths: tuple[list[int], list[int]], source: Path, target: Path
+def test_episodes_are_cut_where_the_model_was_saved(
+    until: float, n_kept: tuple[int, int], source: Path, target: Path
 ) -> None:
-    carry_over_monitor_files(source, target, n_timesteps)
-    for i, kept in enumerate(lengths):
-        original = rows_of(source / f"{i}.monitor.csv")
-        assert rows_of(target / f"CartPole-v1_1.{i}.monitor.csv") == original[: len(kept)]
-        assert [int(row.split(",")[1]) for row in original[: len(kept)]] == kept
+    carry_over_monitor_files(source, target, until)
+    for i, (t_start, n) in enumerate(zip((100, 102), n_kept, strict=True)):
+        assert rows_of(target / f"{t_start}.{i}.monitor.csv") == rows_of(source / f"{i}.monitor.csv")[:n]
 
 
 def test_copies_are_to_the_letter(source: Path, target: Path) -> None:
-    carry_over_monitor_files(source, target, 1000)
-    assert names(target) == ["CartPole-v1_1.0.monitor.csv", "CartPole-v1_1.1.monitor.csv"]
-    for i in range(2):
-        assert (target / f"CartPole-v1_1.{i}.monitor.csv").read_bytes() == (source / f"{i}.monitor.csv").read_bytes()
+    carry_over_monitor_files(source, target, LATE)
+    assert names(target) == ["100.0.monitor.csv", "102.1.monitor.csv"]
+    for i, name in enumerate(names(target)):
+        assert (target / name).read_bytes() == (source / f"{i}.monitor.csv").read_bytes()
     assert names(source) == ["0.monitor.csv", "1.monitor.csv"]
 
 
 def test_sb3_reads_copies_and_new_files_together(source: Path, target: Path) -> None:
-    carry_over_monitor_files(source, target, 40)
+    carry_over_monitor_files(source, target, 105.0)
     write_monitor(target / "0.monitor.csv", 200.0, ["7.0,7,2.0"])
     write_monitor(target / "1.monitor.csv", 200.0, ["8.0,8,1.0"])
     results = load_results(str(target))
@@ -112,12 +111,12 @@ def test_sb3_reads_copies_and_new_files_together(source: Path, target: Path) -> 
 
 
 def test_copies_of_copies_keep_their_name(source: Path, target: Path, tmp_path: Path) -> None:
-    carry_over_monitor_files(source, target, 1000)
+    carry_over_monitor_files(source, target, LATE)
     write_monitor(target / "0.monitor.csv", 200.0, ["7.0,7,2.0"])
     third = tmp_path / "CartPole-v1_3"
     third.mkdir()
-    carry_over_monitor_files(target, third, 1000)
-    assert names(third) == ["CartPole-v1_1.0.monitor.csv", "CartPole-v1_1.1.monitor.csv", "CartPole-v1_2.0.monitor.csv"]
+    carry_over_monitor_files(target, third, LATE)
+    assert names(third) == ["100.0.monitor.csv", "102.1.monitor.csv", "200.0.monitor.csv"]
     assert load_results(str(third))["l"].tolist() == [10, 20, 10, 5, 7]
 
 
@@ -129,8 +128,8 @@ def test_a_half_written_row_is_left_out(n_bytes: int, source: Path, target: Path
     """Without the line's end nobody knows whether "6.7" is all of the number."""
     with (source / "0.monitor.csv").open("a", newline="") as file:
         file.write(LAST[:n_bytes])
-    carry_over_monitor_files(source, target, 1000)
-    assert rows_of(target / "CartPole-v1_1.0.monitor.csv") == ["10.0,10,1.0", "10.0,10,5.0"]
+    carry_over_monitor_files(source, target, LATE)
+    assert rows_of(target / "100.0.monitor.csv") == ["10.0,10,1.0", "10.0,10,5.0"]
     assert load_results(str(target))["l"].tolist() == [10, 20, 10, 5]
 
 
@@ -138,8 +137,8 @@ def test_extra_columns(target: Path, tmp_path: Path) -> None:
     source = tmp_path / "Reach_1"
     rows = ["1.0,10,1.0,True,a", '2.0,10,2.0,False,"b, c"']
     write_monitor(source / "0.monitor.csv", 100.0, rows, columns="r,l,t,is_success,name")
-    carry_over_monitor_files(source, target, 1000)
-    assert rows_of(target / "Reach_1.0.monitor.csv") == rows
+    carry_over_monitor_files(source, target, LATE)
+    assert rows_of(target / "100.0.monitor.csv") == rows
     assert load_results(str(target))["is_success"].tolist() == [True, False]
 
 
@@ -147,15 +146,22 @@ def test_no_monitor_files(target: Path, tmp_path: Path) -> None:
     source = tmp_path / "empty"
     source.mkdir()
     (source / "CartPole-v1.zip").touch()
-    carry_over_monitor_files(source, target, 1000)
+    carry_over_monitor_files(source, target, LATE)
     assert names(target) == []
+
+
+@pytest.mark.parametrize("text", ["", "#{}", '#{"t_start": 100.0}\n', '#{"t_start": 100.0}\nr,l'])
+def test_files_without_a_table_are_left_out(text: str, source: Path, target: Path) -> None:
+    (source / "0.monitor.csv").write_text(text)
+    carry_over_monitor_files(source, target, LATE)
+    assert names(target) == ["102.1.monitor.csv"]
 
 
 def test_no_episode_has_ended(target: Path, tmp_path: Path) -> None:
     source = tmp_path / "CartPole-v1_1"
     write_monitor(source / "0.monitor.csv", 100.0, [])
-    carry_over_monitor_files(source, target, 1000)
-    assert rows_of(target / "CartPole-v1_1.0.monitor.csv") == []
+    carry_over_monitor_files(source, target, LATE)
+    assert rows_of(target / "100.0.monitor.csv") == []
     assert len(load_results(str(target))) == 0
 
 
@@ -208,12 +214,43 @@ def test_ctrl_c_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         objective_that_raises(KeyboardInterrupt(), tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("policy", ["LstmActorCriticPolicy", A3C.policy_aliases["MlpLstmPolicy"]])
-def test_a_trial_knows_its_policy(policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ExperimentManager, "objective", lambda _self, trial: trial.user_attrs["policy"])
+class OwnPolicy(MlpLstmPolicy):
+    """A user's, of any name."""
+
+
+@pytest.mark.parametrize(
+    ("policy", "recurrent"), [("CnnLstmPolicy", True), (OwnPolicy, True), ("MlpPolicy", False), (MlpPolicy, False)]
+)
+def test_a_trial_knows_whether_its_policy_is_recurrent(
+    policy: Any, recurrent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ExperimentManager, "objective", lambda _self, trial: trial.user_attrs["recurrent"])
     manager: Any = experiment(tmp_path)
     manager._hyperparams = {"policy": policy}
-    assert manager.objective(optuna.create_study().ask()) == "LstmActorCriticPolicy"
+    assert manager.objective(optuna.create_study().ask()) is recurrent
+
+
+def test_a_search_without_any_result_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ExperimentManager, "hyperparameters_optimization", lambda _: optuna.create_study().best_trial)
+    with pytest.raises(SystemExit, match="No trial was completed"):
+        experiment(tmp_path).hyperparameters_optimization()
+
+
+def test_trial_0_is_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(HYPERPARAMS_CONVERTER, "a3c", convert_a3c_params)
+    journal = str(tmp_path / "study.log")
+    study = optuna.create_study(storage=JournalStorage(JournalFileBackend(journal)), study_name="study")
+    for _ in range(2):
+        trial = study.ask()
+        trial.set_user_attr("recurrent", False)
+        sample_a3c_params(trial, 0, 4, {})
+        study.tell(trial, 1.0)
+    kwargs: Any = dict(storage=journal, study_name="study")
+    for number in range(2):
+        hyperparams, _ = experiment(tmp_path, trial_id=number, **kwargs).read_hyperparameters()
+        assert hyperparams["learning_rate"] == study.trials[number].params["learning_rate"]
+    hyperparams, _ = experiment(tmp_path, **kwargs).read_hyperparameters()
+    assert isinstance(hyperparams["learning_rate"], str)  # of the file
 
 
 class Kept(A3CExperiment):
@@ -303,10 +340,9 @@ def test_a_run_goes_on(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(kept) > 0 and lengths[: len(kept)] == kept
     assert len(lengths) > len(kept)
     assert np.sum(lengths) <= TOTAL
-    assert names(continued) == [
-        *["0.monitor.csv", "1.monitor.csv", "CartPole-v1", "CartPole-v1.zip"],
-        *["CartPole-v1_1.0.monitor.csv", "CartPole-v1_1.1.monitor.csv"],
-    ]
+    own = ["0.monitor.csv", "1.monitor.csv", "CartPole-v1", "CartPole-v1.zip"]
+    copies = [name for name in names(continued) if name not in own]
+    assert [re.sub(r"^\d{10}\.", "", name) for name in copies] == own[:2]
 
 
 @pytest.mark.parametrize("n_timesteps", [FIRST - 1, FIRST])
@@ -346,24 +382,67 @@ def test_what_was_learned_before_an_error_is_saved(train: Any, tmp_path: Path, m
     assert statistics(folder).obs_rms.count >= saved.num_timesteps
 
 
-@pytest.mark.parametrize("during", ["Ctrl-C", "an error"])
+@pytest.mark.parametrize("error", [BrokenPipeError, ConnectionResetError])
+@pytest.mark.parametrize("interrupted", [True, False])
 def test_environments_that_are_gone_when_they_are_to_be_closed(
-    during: str, train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    interrupted: bool, error: type[Exception], train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a terminal's Ctrl-C leaves those of a SubprocVecEnv. Other broken pipes are errors."""
+    """As a terminal's Ctrl-C leaves those of a SubprocVecEnv. Without one, a broken connection is an error."""
 
     def learn(*_args: Any, **_kwargs: Any) -> None:
-        raise KeyboardInterrupt if during == "Ctrl-C" else EOFError
+        if interrupted:
+            raise KeyboardInterrupt
 
     def close(self: VecNormalize) -> None:
         self.venv.close()
-        raise BrokenPipeError
+        raise error
 
-    monkeypatch.setattr(VecNormalize, "close", close)
     monkeypatch.setattr(A3C, "learn", learn)
-    if during == "Ctrl-C":
+    monkeypatch.setattr(VecNormalize, "close", close)
+    if interrupted:
         train("-n", str(FIRST))
     else:
-        with pytest.raises(BrokenPipeError):
+        with pytest.raises(error):
             train("-n", str(FIRST))
     assert (tmp_path / "a3c" / "CartPole-v1_1" / "CartPole-v1.zip").exists()
+
+
+@pytest.mark.parametrize("raised_by", [BrokenPipeError, ConnectionResetError])
+def test_a_broken_connection_in_training_is_an_error(
+    raised_by: type[Exception], train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def learn(*_args: Any, **_kwargs: Any) -> None:
+        raise raised_by
+
+    monkeypatch.setattr(A3C, "learn", learn)
+    with pytest.raises(raised_by):
+        train("-n", str(FIRST))
+
+
+def test_a_checkpoint_goes_on_with_statistics_of_its_own(train: Any, tmp_path: Path) -> None:
+    train("-n", str(TOTAL), "--save-freq", str(FIRST))
+    folder = tmp_path / "a3c" / "CartPole-v1_1"
+    checkpoint = folder / f"rl_model_{FIRST}_steps.zip"
+    with (folder / "CartPole-v1" / f"vecnormalize_{FIRST}_steps.pkl").open("rb") as file:
+        before = pickle.load(file).obs_rms.count
+    assert FIRST <= before < statistics(folder).obs_rms.count
+    train("-n", str(TOTAL), "-i", str(checkpoint))
+    assert statistics(tmp_path / "a3c" / "CartPole-v1_2").obs_rms.count == pytest.approx(before + TOTAL - FIRST, abs=N_ENVS)
+
+
+def test_statistics_that_are_not_there(train: Any, tmp_path: Path) -> None:
+    train("-n", str(FIRST))
+    folder = tmp_path / "a3c" / "CartPole-v1_1"
+    (folder / "CartPole-v1" / "vecnormalize.pkl").unlink()
+    with pytest.raises(ValueError, match=r"its statistics are not at .*vecnormalize\.pkl"):
+        train("-n", str(TOTAL), "-i", str(folder / "CartPole-v1.zip"))
+    assert names(tmp_path / "a3c") == ["CartPole-v1_1"]
+
+
+def test_from_within_the_folder_of_the_run(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train("-n", str(FIRST))
+    monkeypatch.chdir(tmp_path / "a3c" / "CartPole-v1_1")
+    train("-n", str(TOTAL), "-i", "CartPole-v1.zip")
+    lengths = [load_results(str(tmp_path / "a3c" / f"CartPole-v1_{number}"))["l"].tolist() for number in (1, 2)]
+    assert len(lengths[0]) > 0
+    assert lengths[1][: len(lengths[0])] == lengths[0]

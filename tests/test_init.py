@@ -39,7 +39,7 @@ LAYERS = {
     "atari": set(),
     "convolutions": {"plain"},
     "errors": set(),
-    "experiment": set(),
+    "experiment": {"a3c", "policies"},
     "interrupts": set(),
     "launcher": set(),
     "loss": set(),

@@ -47,13 +47,13 @@ def trials(policy: str, n: int = 10) -> Iterator[optuna.Trial]:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     for _ in range(n):
         trial = study.ask()
-        trial.set_user_attr("policy", policy)
+        trial.set_user_attr("recurrent", "Lstm" in policy)
         yield trial
 
 
 def fixed(policy: str, **values: Any) -> Any:
     trial = optuna.trial.FixedTrial(VALUES | values)
-    trial.set_user_attr("policy", policy)
+    trial.set_user_attr("recurrent", "Lstm" in policy)
     return trial
 
 
@@ -117,7 +117,7 @@ def test_fewer_settings_than_a3c_has_are_sampled() -> None:
     assert sampled.keys() == ARGUMENTS.keys()
 
 
-def test_a_policy_must_be_named() -> None:
+def test_it_must_be_said_whether_the_policy_is_recurrent() -> None:
     trial = optuna.trial.FixedTrial(VALUES)
-    with pytest.raises(KeyError, match="policy"):
+    with pytest.raises(KeyError, match="recurrent"):
         sample_a3c_params(trial, 0, 8, {})  # type: ignore[arg-type]

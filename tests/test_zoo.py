@@ -46,7 +46,10 @@ class Zoo:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "sb3_a3c.zoo", *arguments]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=self.folder, env=self.environ, stdout=pipe, stderr=pipe, text=True)
+        # in a session of its own, so that a signal can be sent to all of its processes and to no others
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.environ, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        )
 
     def run(self, *arguments: str) -> str:
         return self.call(sys.executable, "-m", "sb3_a3c.zoo", *arguments)
@@ -229,25 +232,43 @@ def test_benchmark(trained: Zoo, outputs: dict[str, str]) -> None:
     assert f"Mean reward: {episodes['r'].mean():.2f} " in outputs["benchmark"]
 
 
-def test_ctrl_c_saves_and_i_goes_on(fresh: Zoo) -> None:
-    folder = run_of(fresh)
-    train = ["train", *CARTPOLE, "--eval-freq", "-1"]
-    process = fresh.start(*train, "-n", "100000000", *FAST)
+def train_until_ctrl_c(commands: Zoo, *options: str, read_on: bool = True) -> tuple[str, str]:
+    """
+    As in a terminal, where Ctrl-C goes to all processes of a command: also to those of environments, and to `tee`.
+
+    :param commands: where
+    :param options: for ``train``
+    :param read_on: whether what reads the output survives
+    :return: the output, if it was read, and errors
+    """
+    train = ["train", *CARTPOLE, "--eval-freq", "-1", "-n", "100000000", *options, *FAST]
+    process = commands.start(*train)
     try:
         deadline = time.monotonic() + 90
-        while len(rows_of(folder)) < 20:
+        while len(rows_of(run_of(commands))) < 20:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        if not read_on:
+            assert process.stdout is not None
+            process.stdout.close()
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60) if read_on else ("", process.stderr.read())  # type: ignore[union-attr]
+        assert process.wait(timeout=60) == 0, errors
     finally:
         process.kill()
-        process.communicate()
-    assert process.returncode == 0, errors
-    assert "Saving to logs/a3c/CartPole-v1_1" in output
+        process.wait()
+        for pipe in (process.stdout, process.stderr):
+            assert pipe is not None
+            pipe.close()
     assert "Traceback" not in errors
+    return output, errors
 
+
+def test_ctrl_c_saves_and_i_goes_on(fresh: Zoo) -> None:
+    output, _ = train_until_ctrl_c(fresh)
+    assert "Saving to logs/a3c/CartPole-v1_1" in output
+    folder = run_of(fresh)
     done = A3C.load(folder / "CartPole-v1.zip").num_timesteps
     paths = list(folder.glob("*.monitor.csv"))
     assert len(paths) == N_ENVS
@@ -259,18 +280,31 @@ def test_ctrl_c_saves_and_i_goes_on(fresh: Zoo) -> None:
     total = done + 1000
     output, _ = fresh.run_together(
         ["enjoy", *CARTPOLE, "-f", "logs", "--exp-id", "1", "--no-render", "-n", "600"],
-        [*train, "-n", str(total), "-i", "logs/a3c/CartPole-v1_1/CartPole-v1.zip", *FAST],
+        [
+            *["train", *CARTPOLE, "--eval-freq", "-1", "-n", str(total)],
+            *["-i", "logs/a3c/CartPole-v1_1/CartPole-v1.zip", *FAST],
+        ],
     )
     assert "Mean reward" in output
     continued = run_of(fresh, 2)
     model = A3C.load(continued / "CartPole-v1.zip")
     assert total <= model.num_timesteps <= total + N_ENVS * N_STEPS
-    before, lengths = (load_results(str(path))["l"].to_numpy() for path in (folder, continued))
-    kept = before[before.cumsum() <= done]
-    assert len(kept) >= 20
-    assert lengths[: len(kept)].tolist() == kept.tolist()
-    assert len(lengths) > len(kept)
-    assert lengths.sum() <= model.num_timesteps
+    before, lengths = (load_results(str(path))["l"].tolist() for path in (folder, continued))
+    assert lengths[: len(before)] == before
+    assert len(lengths) > len(before)
+
+
+@pytest.mark.slow
+def test_ctrl_c_that_ends_the_processes_of_environments_too(fresh: Zoo) -> None:
+    output, _ = train_until_ctrl_c(fresh, "--vec-env", "subproc")
+    assert "Saving to logs/a3c/CartPole-v1_1" in output
+    assert A3C.load(run_of(fresh) / "CartPole-v1.zip").num_timesteps > 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_that_ends_what_reads_the_output_too(fresh: Zoo) -> None:
+    train_until_ctrl_c(fresh, read_on=False)
+    assert A3C.load(run_of(fresh) / "CartPole-v1.zip").num_timesteps > 0
 
 
 FRAGILE = '''
@@ -300,8 +334,8 @@ def test_optimize_survives_a_trial_that_raises(fresh: Zoo) -> None:
     (fresh.folder / "a3c.yml").write_text("Fragile-v0: {n_envs: 2, n_workers: 1, n_timesteps: 2000, policy: MlpPolicy}")
     options = ["--gym-packages", "fragile", "--conf-file", "a3c.yml", "--eval-episodes", "1", "--no-optim-plots"]
     search = ["-optimize", "--n-trials", "2", "--n-jobs", "2", "-n", "2000"]
-    result = subprocess.run(
-        [sys.executable, "-m", "sb3_a3c.zoo", "train", "--algo", "a3c", "--env", "Fragile-v0", *options, *search],
+    result = subprocess.run(  # the short command finds modules of the working directory too
+        [str(fresh.site / "bin" / "sb3-a3c"), "train", "--algo", "a3c", "--env", "Fragile-v0", *options, *search],
         **dict[str, Any](cwd=fresh.folder, env=fresh.environ, capture_output=True, text=True, timeout=120, check=False),
     )
     assert result.returncode == 0, result.stderr
@@ -311,7 +345,7 @@ def test_optimize_survives_a_trial_that_raises(fresh: Zoo) -> None:
     with report.open(newline="") as file:
         trials = sorted(csv.DictReader(file), key=lambda trial: trial["state"])
     assert [trial["state"] for trial in trials] == ["COMPLETE", "PRUNED"]
-    assert [trial["user_attrs_policy"] for trial in trials] == ["MlpPolicy", "MlpPolicy"]
+    assert [trial["user_attrs_recurrent"] for trial in trials] == ["False", "False"]
     assert 1 <= float(trials[0]["value"]) <= 50
     assert report.with_suffix(".pkl").exists()
 
@@ -426,6 +460,13 @@ def test_without_rl_zoo(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ImportError, match=r'^RL Zoo can\'t be imported \(.+\)\. Install it: pip install "sb3-a3c\[zoo\]"'):
         zoo.register()
+
+
+def test_folders_that_record_training_can_not_work_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sb3-a3c", "record_training", "-f", "my logs"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit, match="spaces in their names"):
+        zoo.main()
 
 
 def test_other_programs_are_called_as_they_are() -> None:
