@@ -118,6 +118,11 @@ class ParameterStore:
         return counters
 
     @property
+    def n_bytes(self) -> int:
+        """Size of all that is shared."""
+        return self._flat.nbytes
+
+    @property
     def n_updates(self) -> int:
         """Pushes by all workers so far; exact."""
         return int(self.counters[:, Counter.UPDATES].sum())
