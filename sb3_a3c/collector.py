@@ -164,7 +164,7 @@ class HogwildCollector:
             raise
         self._redirect = Redirect(self._env, self._call_envs)
         # the cores are the workers': a second thread here would wait for one of them, and the first for the second
-        th.set_num_threads(max(1, min(self._n_threads, _n_cores() - len(self._env_indices))))
+        th.set_num_threads(max(1, min(self._n_threads, n_cores() - len(self._env_indices))))
 
     def wait_for_step(self) -> bool:
         """
@@ -196,7 +196,7 @@ class HogwildCollector:
         """
         if self._has_hinted or self.settings.take_turns:  # with turns, one worker computes while the others wait
             return None
-        found = hint(self.statistics.pool, len(self._env_indices), _n_cores())
+        found = hint(self.statistics.pool, len(self._env_indices), n_cores())
         self._has_hinted = found is not None
         return found
 
@@ -332,7 +332,7 @@ def _share_out(env: VecEnv, n_workers: int | None, first_reset: FirstReset) -> d
     """For each worker process the indices of its environments, and the environments; none to train in this process."""
     if n_workers == 0:
         return {}
-    indices = deal(env.num_envs, min(_n_cores(), env.num_envs) if n_workers is None else n_workers)
+    indices = deal(env.num_envs, min(n_cores(), env.num_envs) if n_workers is None else n_workers)
     try:
         if multiprocessing.current_process().daemon:
             raise ValueError("This process is a daemon, which may not start processes of its own. Use n_workers=0.")
@@ -344,6 +344,6 @@ def _share_out(env: VecEnv, n_workers: int | None, first_reset: FirstReset) -> d
         return {}
 
 
-def _n_cores() -> int:
+def n_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

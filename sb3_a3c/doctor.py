@@ -33,7 +33,7 @@ from sb3_a3c.checkup import (
     unknown,
     unusable_environment,
 )
-from sb3_a3c.collector import _n_cores
+from sb3_a3c.collector import n_cores
 from sb3_a3c.launcher import process_context
 from sb3_a3c.machine import available_memory, cpu_quota, file_limits, free_shared_memory, n_open_files
 from sb3_a3c.shared import ParameterStore
@@ -112,9 +112,9 @@ def findings(args: argparse.Namespace) -> Iterator[Finding]:
     :param args: of the command line
     :return: what each check finds, one after another; what can't be checked before something else works is left out
     """
-    n_workers = min(_n_cores(), args.n_envs) if args.n_workers is None else args.n_workers
+    n_workers = min(n_cores(), args.n_envs) if args.n_workers is None else args.n_workers
     yield versions()
-    yield check_cores(max(1, n_workers), _n_cores(), cpu_quota())
+    yield check_cores(max(1, n_workers), n_cores(), cpu_quota())
     yield check_open_files(file_limits(), n_open_files(), n_workers, args.n_envs)
     try:
         env = make_env(args.env, args.n_envs)
@@ -188,7 +188,7 @@ def _findings_of_a_training(model: A3C, n_workers: int, timeout: float) -> Itera
         yield failed_training(error, n_workers)
         return
     yield check_training(n_workers, short.n_workers, short.n_steps, short.n_updates, short.seconds, short.has_moved)
-    usable = max(1, int(min(_n_cores(), cpu_quota() or _n_cores())))
+    usable = max(1, int(min(n_cores(), cpu_quota() or n_cores())))
     yield check_threads(short.n_threads, max(1, short.n_workers), usable, os.environ.get("OMP_NUM_THREADS"))
     yield check_memory(short.memory, available)
 

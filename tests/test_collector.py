@@ -17,7 +17,7 @@ from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_a3c import A3C
-from sb3_a3c.collector import MAX_ROLLOUTS_WAITING, HogwildCollector, _n_cores
+from sb3_a3c.collector import MAX_ROLLOUTS_WAITING, HogwildCollector, n_cores
 
 
 class StepCounter(gym.Wrapper[Any, Any, Any, Any]):
@@ -192,7 +192,7 @@ def test_while_workers_have_the_cores_this_process_uses_those_that_are_left() ->
     before = th.get_num_threads()
     th.set_num_threads(2)
     try:
-        A3C("MlpPolicy", counting_env(64), n_workers=_n_cores()).learn(100, callback=note)
+        A3C("MlpPolicy", counting_env(64), n_workers=n_cores()).learn(100, callback=note)
         assert seen == {1}
         assert th.get_num_threads() == 2
     finally:

@@ -83,7 +83,7 @@ def test_the_hint_is_printed_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(collector, "_n_cores", lambda: 1)
+    monkeypatch.setattr(collector, "n_cores", lambda: 1)
     monkeypatch.setattr(hints, "ENOUGH_SECONDS", 0.05)
     env = make_vec_env("CartPole-v1", n_envs=4, wrapper_class=wrapper)
     model = A3C("MlpPolicy", env, n_workers=2, verbose=verbose)
@@ -100,7 +100,7 @@ class Threads(gym.Wrapper[Any, Any, Any, Any]):
 
 
 def test_threads_in_workers_are_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(collector, "_n_cores", lambda: 2)
+    monkeypatch.setattr(collector, "n_cores", lambda: 2)
     monkeypatch.setattr(hints, "ENOUGH_SECONDS", 0.02)
     env = make_vec_env("CartPole-v1", n_envs=2, wrapper_class=Threads)
     before = th.get_num_threads()
