@@ -75,6 +75,10 @@ class A3C(OnPolicyAlgorithm):
     :param take_turns: Workers pull, act and push one after another, in a fixed order: slow, but two runs with the same
         seed and several workers are identical to the bit
     :param start_method: "forkserver" or "spawn", see ``multiprocessing``. None: the first that the platform has
+    :param max_worker_restarts: So many times in a call of ``learn`` a worker that was killed (out of memory, a crash in C
+        code) or that hangs is replaced. One that drove a ``SubprocVecEnv`` is not
+    :param worker_timeout: Seconds that a worker may take for one step of its environments, or for learning from a rollout,
+        before it counts as hung and is killed. None: as long as it likes
     :raises ValueError: for arguments that can't be used, before any process starts
     """
 
@@ -117,6 +121,8 @@ class A3C(OnPolicyAlgorithm):
         envs_per_update: int = 4,
         take_turns: bool = False,
         start_method: str | None = None,
+        max_worker_restarts: int = 10,
+        worker_timeout: float | None = 300.0,
     ) -> None:
         self.rms_prop_eps = rms_prop_eps
         self.use_rms_prop = use_rms_prop
@@ -125,6 +131,8 @@ class A3C(OnPolicyAlgorithm):
         self.envs_per_update = envs_per_update
         self.take_turns = take_turns
         self.start_method = start_method
+        self.max_worker_restarts = max_worker_restarts
+        self.worker_timeout = worker_timeout
         self._collector: HogwildCollector | None = None
         self._pending_env_seeds: list[int | None] = []
         self._pending_env_options: list[dict[str, Any]] = []
@@ -163,7 +171,7 @@ class A3C(OnPolicyAlgorithm):
                 "A3C has no rollout buffer: each worker learns from its rollout at once. Leave `rollout_buffer_class` and "
                 "`rollout_buffer_kwargs` out."
             )
-        check_processes(self.n_workers, self.start_method)
+        check_processes(self.n_workers, self.start_method, self.max_worker_restarts, self.worker_timeout)
         spaces = (getattr(self, "observation_space", None), getattr(self, "action_space", None))  # absent without env
         check_spaces(*spaces, self.policy_class)
         self._setup_lr_schedule()
@@ -224,7 +232,7 @@ class A3C(OnPolicyAlgorithm):
         :return: the trained model
         :raises ValueError: before any process starts, if the environments can't be trained on as asked
         :raises RuntimeError: if the model is learning already
-        :raises WorkerDiedError: if a worker process died
+        :raises WorkerDiedError: if a worker process died and could not be replaced
         :raises Exception: what an environment or the policy raised in a worker
         """
         if self._collector is not None:
@@ -241,7 +249,9 @@ class A3C(OnPolicyAlgorithm):
             raise ValueError(
                 "The model has no environment to learn from: call `set_env(env)` or `load(path, env=env)` first."
             )
-        check_processes(self.n_workers, self.start_method)  # also what was changed since the constructor
+        check_processes(
+            self.n_workers, self.start_method, self.max_worker_restarts, self.worker_timeout
+        )  # also what was changed since the constructor
         check_settings(self._settings())
         check_workers(self.env, self.n_workers)
         self._base_seed = int(np.random.randint(2**31))
@@ -274,6 +284,8 @@ class A3C(OnPolicyAlgorithm):
             steps_before=self.num_timesteps,
             total_steps=self._total_timesteps,
             start_method=self.start_method,
+            max_restarts=self.max_worker_restarts,
+            timeout=self.worker_timeout,
         )
 
     def _stop_workers(self) -> None:
@@ -373,6 +385,8 @@ class A3C(OnPolicyAlgorithm):
                 print(hint)
             for key, value in self._collector.statistics.pop().items():
                 self.logger.record(key, value)
+            if self._collector.n_restarts > 0:
+                self.logger.record("time/worker_restarts", self._collector.n_restarts)
             if hasattr(self.policy, "log_std"):
                 self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
         super().dump_logs(iteration)

@@ -67,10 +67,17 @@ def check_settings(settings: Settings) -> None:
             raise ValueError(f"`{name}` must be a number between 0 and {maximum}, not {value!r}.")
 
 
-def check_processes(n_workers: int | None, start_method: str | None) -> None:
+def check_processes(
+    n_workers: int | None,
+    start_method: str | None = None,
+    max_worker_restarts: int = 0,
+    worker_timeout: float | None = None,
+) -> None:
     """
     :param n_workers: A3C's argument
     :param start_method: A3C's argument
+    :param max_worker_restarts: A3C's argument
+    :param worker_timeout: A3C's argument
     :raises ValueError: for what can't be, whatever the environments
     """
     if n_workers is not None:
@@ -80,6 +87,10 @@ def check_processes(n_workers: int | None, start_method: str | None) -> None:
             f"`start_method` must be None, 'forkserver' or 'spawn', not {start_method!r} "
             "(a forked process hangs in torch if its parent has used torch's threads)."
         )
+    _check_integer("max_worker_restarts", max_worker_restarts, 0)
+    is_number = isinstance(worker_timeout, int | float | np.number) and not isinstance(worker_timeout, bool)
+    if worker_timeout is not None and not (is_number and worker_timeout > 0):
+        raise ValueError(f"`worker_timeout` must be a number of seconds above 0, or None, not {worker_timeout!r}.")
 
 
 def check_workers(env: VecEnv, n_workers: int | None) -> None:

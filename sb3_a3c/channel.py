@@ -10,6 +10,7 @@ import pickle
 import queue
 import signal
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -63,11 +64,12 @@ class Warned(NamedTuple):
 class WorkerChannel:
     """A worker's end of its line. The first argument of its function."""
 
-    def __init__(self, pipe: "Pipe[Any, Any]", inbox: "queue.SimpleQueue[bytes]", stop_flag: th.Tensor) -> None:
+    def __init__(self, pipe: "Pipe[Any, Any]", inbox: "queue.SimpleQueue[bytes]", flags: th.Tensor, index: int) -> None:
         self._pipe = pipe
         self._inbox = inbox
         self._warnings: queue.SimpleQueue[Warned] = queue.SimpleQueue()
-        self._stop_flag = stop_flag.numpy()
+        self._stop_flag = flags[:1].numpy()
+        self._heartbeat = flags[1 + index : 2 + index].numpy()
 
     def send(self, message: Any) -> None:
         """
@@ -122,15 +124,33 @@ class WorkerChannel:
         """:return: whether the main process wants this worker to end"""
         return bool(self._stop_flag[0])
 
+    def works(self) -> bool:
+        """
+        The worker begins a piece of work, which must not take longer than the supervisor's ``timeout``.
+
+        :return: as :meth:`stopped`
+        """
+        self._heartbeat[0] = time.monotonic_ns()  # one clock for all processes of a machine
+        return bool(self._stop_flag[0])
+
+    def rests(self) -> None:
+        """The worker works no more, and may now wait as long as it likes."""
+        self._heartbeat[0] = 0
+
 
 def worker_process(
-    target: bytes, pipe: "Pipe[Any, Any]", inbox: "Pipe[Any, Any]", stop_flag: th.Tensor, arguments: tuple[Any, ...]
+    target: bytes,
+    pipe: "Pipe[Any, Any]",
+    inbox: "Pipe[Any, Any]",
+    flags: th.Tensor,
+    index: int,
+    arguments: tuple[Any, ...],
 ) -> None:
     """Body of every worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the main process stops the workers
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_empty_inbox, args=(inbox, messages), daemon=True).start()
-    channel = WorkerChannel(pipe, messages, stop_flag)
+    channel = WorkerChannel(pipe, messages, flags, index)
     warnings.showwarning = channel.warn
     try:
         pickle.loads(target)(channel, *arguments)

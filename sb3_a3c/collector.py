@@ -5,6 +5,7 @@ It deals the environments out, runs the workers (processes under the supervisor,
 their reports to Stable-Baselines3 as steps of ``n_envs`` transitions, and tells the workers what callbacks changed.
 """
 
+import dataclasses
 import multiprocessing
 import os
 import sys
@@ -32,6 +33,7 @@ from sb3_a3c.envs import (
     split_env,
     wrappers,
 )
+from sb3_a3c.errors import WorkerDiedError
 from sb3_a3c.hints import hint
 from sb3_a3c.inprocess import InProcessWorker
 from sb3_a3c.interrupts import uninterrupted
@@ -39,7 +41,7 @@ from sb3_a3c.normalization import News, merge_news, no_news, options
 from sb3_a3c.redirect import Redirect
 from sb3_a3c.reports import Obs, RolloutStatistics, Step, StepAssembler, TrainingStatistics
 from sb3_a3c.service import Change, Close, Credit, Done, EnvCall, Farewell, Progress, run_worker
-from sb3_a3c.shared import ParameterStore
+from sb3_a3c.shared import Counter, ParameterStore
 from sb3_a3c.subproc import take_back
 from sb3_a3c.supervisor import Supervisor
 from sb3_a3c.task import Settings, WorkerTask
@@ -92,6 +94,8 @@ class HogwildCollector:
     :param steps_before: transitions made in earlier calls of ``learn``
     :param total_steps: goal, ``steps_before`` included
     :param start_method: of the processes; None for the platform's best
+    :param max_restarts: how many workers may be replaced after they died
+    :param timeout: seconds that a worker may take for a step, or for learning; None for ever
     :raises ValueError: if the environments can't be sent to other processes
     """
 
@@ -108,6 +112,8 @@ class HogwildCollector:
         steps_before: int,
         total_steps: int,
         start_method: str | None = None,
+        max_restarts: int = 0,
+        timeout: float | None = None,
     ) -> None:
         n_envs = env.num_envs
         # one seed for each environment and each worker; the environments' do not depend on the number of workers
@@ -138,8 +144,14 @@ class HogwildCollector:
         self._normalization = options(env)
         self._news_for: list[News] = [no_news(env) for _ in tasks]  # not yet passed on
         self._statistics_of: list[deque[RolloutStatistics]] = [deque() for _ in tasks]  # not yet shown to the end
+        self._n_reported = [0] * len(tasks)  # transitions
         self._done: set[int] = set()  # workers that make no more rollouts
         self._wrapper_counts: dict[int, WrapperCounts] = {}  # of workers that have said farewell
+        self._tasks = tasks
+        self._first_reset, self._seed = first_reset, seed
+        self._max_restarts = max_restarts
+        self.n_restarts = 0
+        self._is_ending = False
         self._redirect: Redirect | None = None
         self._has_hinted = False
         self._n_threads = th.get_num_threads()
@@ -148,12 +160,8 @@ class HogwildCollector:
             self._workers = InProcessWorker(tasks[0], begin_episodes(env, first_reset), self.store)
             return
         finish_videos(env)
-        arguments = []
-        for task, share in zip(tasks, shares.values(), strict=True):
-            # with short rollouts, one worker's must be able to fill a whole step
-            credit = MAX_ROLLOUTS_WAITING + 1 + n_envs // (settings.n_steps * len(task.env_indices))
-            arguments.append((self.store, share, credit, cloudpickle.dumps(task)))
-        self._workers = Supervisor(run_worker, arguments, start_method, PRELOAD)
+        arguments = [self._arguments(task, share) for task, share in zip(tasks, shares.values(), strict=True)]
+        self._workers = Supervisor(run_worker, arguments, start_method, PRELOAD, timeout)
         self._start_processes(self._workers)
 
     def _start_processes(self, supervisor: Supervisor) -> None:
@@ -165,6 +173,13 @@ class HogwildCollector:
         self._redirect = Redirect(self._env, self._call_envs)
         # the cores are the workers': a second thread here would wait for one of them, and the first for the second
         th.set_num_threads(max(1, min(self._n_threads, n_cores() - len(self._env_indices))))
+
+    def _arguments(self, task: WorkerTask, share: EnvShare) -> tuple[Any, ...]:
+        """Of a worker's process."""
+        # with short rollouts, one worker's must be able to fill a whole step
+        credit = MAX_ROLLOUTS_WAITING + 1 + self._env.num_envs // (task.settings.n_steps * len(task.env_indices))
+        reported = len(self._statistics_of[task.index])  # of its predecessor, and not yet used up
+        return self.store, share, credit - reported, cloudpickle.dumps(task)
 
     def wait_for_step(self) -> bool:
         """
@@ -215,6 +230,7 @@ class HogwildCollector:
 
     def drain(self) -> None:
         """Let the workers learn no more, and hear what they did last. Calls to the environments still reach them."""
+        self._is_ending = True
         self._workers.request_stop()
         self._receive_the_last(lambda: self._all_done)
 
@@ -229,6 +245,7 @@ class HogwildCollector:
 
     def stop(self) -> None:
         """End the workers and free what was used for them; the store and the leftovers stay readable."""
+        self._is_ending = True
         if self._redirect is not None:
             self._redirect.remove()
             th.set_num_threads(self._n_threads)
@@ -275,15 +292,42 @@ class HogwildCollector:
 
     def _receive(self, timeout: float | None = None) -> None:
         """Wait for what the workers have to say, and take it in."""
-        self._workers.wait(timeout)
+        try:
+            self._workers.wait(timeout)
+        except WorkerDiedError as death:
+            with uninterrupted():
+                self._replace(death)
+            return
         with uninterrupted():
             for worker, message in self._workers.receive(timeout=0):
                 self._take_in(worker, message)
+
+    def _replace(self, death: WorkerDiedError) -> None:
+        """
+        Start a process in the place of a dead one: with the shared parameters, with new episodes, and with seeds of its own.
+        The rollout that the dead one was in the middle of is lost, and not counted.
+        """
+        worker = death.worker
+        if self._is_ending or isinstance(self._env.unwrapped, SubprocVecEnv) or self.n_restarts == self._max_restarts:
+            raise death
+        self.n_restarts += 1
+        derived = np.random.SeedSequence([self._seed, self.n_restarts]).generate_state(self._env.num_envs + 1) >> 1
+        seed, *seeds = (int(n) for n in derived)
+        first_reset = dataclasses.replace(self._first_reset, seeds=tuple(seeds))
+        (share,) = split_env(self._env, [self._env_indices[worker]], first_reset)
+        task = dataclasses.replace(self._tasks[worker], seed=seed, settings=self.settings)
+        self.store.counters[worker, Counter.RESERVED] = self._n_reported[worker]
+        self._news_for[worker] = no_news(self._env)  # the user's statistics, which travel with the environments, have it all
+        self._done.discard(worker)
+        assert isinstance(self._workers, Supervisor)
+        self._workers.replace(worker, self._arguments(task, share))
+        warnings.warn(f"{death} It was replaced: restart {self.n_restarts} of at most {self._max_restarts}.", stacklevel=2)
 
     def _take_in(self, worker: int, message: Any) -> None:
         match message:
             case Progress(report, news):
                 self._assembler.add(report)
+                self._n_reported[worker] += report.rewards.size
                 self._statistics_of[worker].append(report.statistics)
                 self._spread(worker, news)
             case Done():

@@ -11,6 +11,8 @@ class WorkerDiedError(A3CError, RuntimeError):
     or by ``os._exit``. The message names the signal or the exit code.
     """
 
+    worker: int = -1  #: its index
+
 
 class WorkerTracebackError(A3CError):
     """

@@ -94,7 +94,7 @@ def run_worker(channel: WorkerChannel, store: ParameterStore, share: EnvShare, c
     env = share.open()
     try:
         keep_news(env)
-        _Service(channel, ActorLearner(pickle.loads(task), env, store, channel.stopped), credit).run()
+        _Service(channel, ActorLearner(pickle.loads(task), env, store, channel.works), credit).run()
     finally:
         env.close()
 
@@ -122,13 +122,20 @@ class _Service:
 
     def run(self) -> None:
         """Make rollouts until there are enough, then serve until all is over."""
-        while self._may_begin() and (report := self.learner.rollout()) is not None:
+        while self._may_begin() and (report := self._rollout()) is not None:
             self.credit -= 1
             self.channel.send(Progress(report, take_news(self.env)))
         self.channel.send(Done())
         while not self.closing:
             self.channel.serve(self._handle, timeout=None)
         self.channel.send(Farewell(take_news(self.env), wrapper_counts(self.env)))
+
+    def _rollout(self) -> Report | None:
+        """A rollout, between whose steps the heart beats. Whoever waits for credit, a turn or a reader is not hung."""
+        try:
+            return self.learner.rollout()
+        finally:
+            self.channel.rests()
 
     def _may_begin(self) -> bool:
         """Serve all that waits, and until there is credit and it is this worker's turn. False once a stop is requested."""

@@ -9,6 +9,7 @@ Who reads and writes what, for each worker process::
       send(), ask() ─────── inbox, a pipe of its own ────► channel.serve(), whose answers to ask() go back with the messages
       receive() ◄────────── sentinel: the process has ended
       request_stop() ────── stop flag, shared memory ────► channel.stopped()
+      timeout ◄──────────── heartbeat, shared memory ───── channel.works(), channel.rests()
 
 Workers share no queue, lock or semaphore: one that is killed while it holds such a thing would stop all the others. The
 pipes are bounded by the operating system. So a worker waits in ``send`` while nobody reads; the main process does not,
@@ -17,6 +18,7 @@ because a thread of the worker empties its inbox.
 
 import contextlib
 import itertools
+import math
 import pickle
 import signal
 import time
@@ -34,8 +36,16 @@ from sb3_a3c.errors import WorkerDiedError, WorkerTracebackError
 from sb3_a3c.interrupts import uninterrupted
 from sb3_a3c.launcher import prepared_start, process_context
 
+#: Seconds between two looks at the heartbeats.
+LOOK_SECONDS = 1.0
 #: Seconds that a worker is given to end by itself, and then to follow SIGTERM, before it is killed.
 STOP_SECONDS = 1.0
+
+
+_HUNG = (
+    "it had not come further for {:g} s. Does the environment wait for something that never comes? If its steps may take so "
+    "long, raise `worker_timeout`."
+)
 
 
 class Supervisor:
@@ -47,6 +57,8 @@ class Supervisor:
         tensors stay shared
     :param start_method: "forkserver" or "spawn"; None takes the first that the platform has
     :param preload: names of modules that a new fork server imports once for all its children
+    :param timeout: seconds that a worker may take for a piece of work (:meth:`WorkerChannel.works`) before it is killed;
+        None for ever
     """
 
     def __init__(
@@ -55,15 +67,21 @@ class Supervisor:
         arguments: Sequence[tuple[Any, ...]],
         start_method: str | None = None,
         preload: Sequence[str] = (),
+        timeout: float | None = None,
     ) -> None:
         self._target = cloudpickle.dumps(target)
         self._arguments = arguments
         self._context = process_context(start_method)
         self._preload = preload
-        self._stop_flag = th.zeros(1, dtype=th.int64).share_memory_()  # type: ignore[no-untyped-call]
-        self._processes: list[ForkServerProcess | SpawnProcess] = []
+        self._flags = th.zeros(1 + len(arguments), dtype=th.int64)  # the stop flag, and the workers' heartbeats
+        self._flags.share_memory_()  # type: ignore[no-untyped-call]
+        self._heartbeats = self._flags[1:].numpy()
+        self._timeout = timeout
+        self._next_look = 0.0
+        self._hung: set[int] = set()  # workers that were killed because their heart had stopped
+        self._processes: dict[int, ForkServerProcess | SpawnProcess] = {}  # by worker
         self._pipes: dict[Pipe[Any, Any], int] = {}  # the open ones, and whose they are
-        self._inboxes: list[Pipe[Any, Any]] = []
+        self._inboxes: dict[int, Pipe[Any, Any]] = {}  # by worker
         self._received: list[tuple[int, Any]] = []  # messages for the next call of receive
         self._answers: dict[int, Answer] = {}  # by worker
         self._request_numbers = itertools.count()
@@ -75,25 +93,45 @@ class Supervisor:
         """Start all processes. If one can't be started, none is left."""
         try:
             for index, arguments in enumerate(self._arguments):
-                reader, writer = self._context.Pipe(duplex=False)
-                inbox_reader, inbox_writer = self._context.Pipe(duplex=False)
-                self._pipes[reader] = index
-                self._inboxes.append(inbox_writer)
-                process = self._context.Process(
-                    target=worker_process,
-                    args=(self._target, writer, inbox_reader, self._stop_flag, arguments),
-                    name=f"a3c-worker-{index}",
-                )
-                try:
-                    with prepared_start(self._context, self._preload):
-                        process.start()
-                    self._processes.append(process)
-                finally:
-                    writer.close()
-                    inbox_reader.close()
+                self._start(index, arguments)
         except BaseException:
             self.stop()
             raise
+
+    def replace(self, index: int, arguments: tuple[Any, ...]) -> None:
+        """
+        Start a process in the place of one that has died, after its death was raised.
+
+        :param index: of the worker
+        :param arguments: of the new process
+        """
+        for pipe in [pipe for pipe, owner in self._pipes.items() if owner == index]:
+            pipe.close()  # where children of the dead process keep its other end open
+            del self._pipes[pipe]
+        self._inboxes.pop(index).close()
+        self._processes.pop(index).close()
+        self._heartbeats[index] = 0
+        self._hung.discard(index)
+        self._start(index, arguments)
+        self._ended.discard(index)
+
+    def _start(self, index: int, arguments: tuple[Any, ...]) -> None:
+        reader, writer = self._context.Pipe(duplex=False)
+        inbox_reader, inbox_writer = self._context.Pipe(duplex=False)
+        self._pipes[reader] = index
+        self._inboxes[index] = inbox_writer
+        process = self._context.Process(
+            target=worker_process,
+            args=(self._target, writer, inbox_reader, self._flags, index, arguments),
+            name=f"a3c-worker-{index}",
+        )
+        try:
+            with prepared_start(self._context, self._preload):
+                process.start()
+            self._processes[index] = process
+        finally:
+            writer.close()
+            inbox_reader.close()
 
     @property
     def ended(self) -> set[int]:
@@ -108,7 +146,7 @@ class Supervisor:
     @property
     def pids(self) -> list[int]:
         """Process ids, in order of the arguments."""
-        return [process.pid or -1 for process in self._processes]
+        return [self._processes[index].pid or -1 for index in sorted(self._processes)]
 
     def wait(self, timeout: float | None = None) -> None:
         """
@@ -144,7 +182,7 @@ class Supervisor:
         :param index: of the worker
         :param message: anything that pickle or cloudpickle can pickle
         """
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, KeyError):  # the latter if it could not be replaced
             self._inboxes[index].send_bytes(dumps(message))
 
     def ask(self, requests: Mapping[int, Any]) -> dict[int, Any]:
@@ -176,8 +214,8 @@ class Supervisor:
 
     def request_stop(self) -> None:
         """Ask all workers to end soon. Keep receiving until ``finished``, or call :meth:`stop`."""
-        self._stop_flag[0] = 1
-        for index in range(len(self._inboxes)):
+        self._flags[0] = 1
+        for index in self._inboxes:
             self.send(index, None)
 
     def stop(self) -> None:
@@ -186,19 +224,19 @@ class Supervisor:
         try:
             self._discard_messages(time.monotonic() + STOP_SECONDS)
             self._join_all(time.monotonic() + STOP_SECONDS)
-            for process in self._processes:
+            for process in self._processes.values():
                 if process.exitcode is None:
                     process.terminate()
             self._join_all(time.monotonic() + STOP_SECONDS)
         finally:  # also when the user is tired of waiting
-            for process in self._processes:
+            for process in self._processes.values():
                 if process.exitcode is None:
                     process.kill()
                 process.join()
                 process.close()
-            for pipe in [*self._pipes, *self._inboxes]:
+            for pipe in [*self._pipes, *self._inboxes.values()]:
                 pipe.close()
-            self._pipes, self._inboxes, self._processes = {}, [], []
+            self._pipes, self._inboxes, self._processes = {}, {}, {}
 
     def _discard_messages(self, deadline: float) -> None:
         """Let workers that wait in ``send`` go on, until each has closed its pipe."""
@@ -212,22 +250,41 @@ class Supervisor:
                     pipes.remove(pipe)
 
     def _join_all(self, deadline: float) -> None:
-        for process in self._processes:
+        for process in self._processes.values():
             process.join(max(0.0, deadline - time.monotonic()))
 
     def _sentinels(self) -> list[int]:
-        return [process.sentinel for index, process in enumerate(self._processes) if index not in self._ended]
+        return [process.sentinel for index, process in self._processes.items() if index not in self._ended]
 
     def _listen(self, timeout: float | None) -> bool:
         """Take in what comes next, from all that have something to say; False if nothing came in time."""
-        ready = connection.wait([*self._pipes, *self._sentinels()], timeout)
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        ready: list[Any] = []
+        while not ready:
+            self._kill_the_hung()
+            now = time.monotonic()
+            wait = min(deadline - now, math.inf if self._timeout is None else LOOK_SECONDS)
+            ready = connection.wait([*self._pipes, *self._sentinels()], None if wait == math.inf else max(0.0, wait))
+            if not ready and time.monotonic() >= deadline:
+                return False
         with uninterrupted():
             for pipe in [pipe for pipe in self._pipes if pipe in ready]:
                 self._read(pipe)
-            for index, process in enumerate(self._processes):
+            for index, process in self._processes.items():
                 if process.sentinel in ready and index not in self._ended:
                     self._bury(index, process)
-        return bool(ready)
+        return True
+
+    def _kill_the_hung(self) -> None:
+        """Of those that have worked on the same piece for too long, nobody knows what they wait for."""
+        if self._timeout is None or time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + LOOK_SECONDS
+        too_long_ago = time.monotonic_ns() - int(self._timeout * 1e9)
+        for index, process in self._processes.items():
+            if 0 < self._heartbeats[index] < too_long_ago and index not in self._ended:
+                self._hung.add(index)
+                process.kill()
 
     def _read(self, pipe: "Pipe[Any, Any]") -> None:
         """Take in the next message of a pipe that is ready; none at its end."""
@@ -258,7 +315,10 @@ class Supervisor:
                 return  # its last words are read first; its own children may keep the pipe open after them
         process.join()
         self._ended.add(index)
-        self._failures.append(WorkerDiedError(f"Worker {index} {_how_it_ended(process.exitcode)}"))
+        how = f"was killed, as {_HUNG.format(self._timeout)}" if index in self._hung else _how_it_ended(process.exitcode)
+        death = WorkerDiedError(f"Worker {index} {how}")
+        death.worker = index
+        self._failures.append(death)
 
 
 def _with_cause(index: int, raised: Raised) -> BaseException:

@@ -341,7 +341,7 @@ def test_an_environments_exception_reaches_the_user(n_workers: int) -> None:
 
 
 def test_a_killed_worker_ends_learn_within_five_seconds() -> None:
-    model = A3C("MlpPolicy", fragile_env("kill"), n_workers=2)
+    model = A3C("MlpPolicy", fragile_env("kill"), n_workers=2, max_worker_restarts=0)
     began = time.monotonic()
     with pytest.raises(WorkerDiedError, match="Worker 1 was killed by SIGKILL"):
         model.learn(100_000)

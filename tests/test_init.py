@@ -14,6 +14,7 @@ LAYERS = {
     "arguments": {"envs", "policies", "task"},
     "collector": {
         "envs",
+        "errors",
         "hints",
         "inprocess",
         "interrupts",

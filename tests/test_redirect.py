@@ -238,7 +238,7 @@ def test_a_callback_that_catches_the_death_of_a_worker_does_not_hide_it() -> Non
         return True
 
     with pytest.raises(WorkerDiedError, match="Worker 0 was killed by SIGKILL"):
-        A3C("MlpPolicy", ladders(DummyVecEnv), n_workers=2, n_steps=5).learn(2000, callback=ask)
+        A3C("MlpPolicy", ladders(DummyVecEnv), n_workers=2, n_steps=5, max_worker_restarts=0).learn(2000, callback=ask)
 
 
 def test_the_death_of_a_worker_is_said_once_also_where_a_call_meets_it_first() -> None:
@@ -249,7 +249,7 @@ def test_the_death_of_a_worker_is_said_once_also_where_a_call_meets_it_first() -
 
     # and not as a warning too, which would be an error here
     with pytest.raises(WorkerDiedError, match="Worker 0 was killed by SIGKILL"):
-        A3C("MlpPolicy", ladders(DummyVecEnv), n_workers=2, n_steps=5).learn(2000, callback=ask)
+        A3C("MlpPolicy", ladders(DummyVecEnv), n_workers=2, n_steps=5, max_worker_restarts=0).learn(2000, callback=ask)
 
 
 def test_a_failure_after_the_callback_has_ended_the_training_is_a_warning() -> None:

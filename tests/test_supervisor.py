@@ -308,3 +308,82 @@ def test_workers_end_when_the_main_process_is_killed(tmp_path: Any) -> None:
     while any(is_alive(pid) for pid in pids):
         assert time.monotonic() < deadline, "a worker outlived its main process"
         time.sleep(0.05)
+
+
+def receive_until_a_death(supervisor: Supervisor) -> tuple[list[tuple[int, Any]], WorkerDiedError]:
+    messages = []
+    try:
+        while True:
+            messages += supervisor.receive(timeout=30)
+    except WorkerDiedError as death:
+        return messages, death
+
+
+def hang(channel: WorkerChannel, seconds: float, how: str) -> None:
+    channel.works()
+    for _ in range(10):
+        time.sleep(seconds / 10)
+        if how == "beats":
+            channel.works()
+        elif how == "rests":
+            channel.rests()
+    channel.rests()
+    channel.send("came through")
+
+
+@pytest.mark.parametrize("others_talk", [False, True])
+def test_a_worker_that_hangs_is_killed(
+    others_talk: bool, running: list[Supervisor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sb3_a3c.supervisor.LOOK_SECONDS", 0.05)
+    supervisor = started(running, hang_or_talk, [("hang",), ("talk" if others_talk else "sleep",)], timeout=0.5)
+    began = time.monotonic()
+    _, death = receive_until_a_death(supervisor)
+    assert str(death).startswith("Worker 0 was killed, as it had not come further for 0.5 s.")
+    assert death.worker == 0
+    assert time.monotonic() - began < 5
+
+
+def hang_or_talk(channel: WorkerChannel, how: str) -> None:
+    if how == "hang":
+        hang(channel, 60.0, "hangs")
+    while not channel.stopped():
+        channel.works()
+        if how == "talk":
+            channel.send("still here")
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", ["beats", "rests"])
+def test_whoever_comes_further_or_rests_does_not_hang(
+    how: str, running: list[Supervisor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sb3_a3c.supervisor.LOOK_SECONDS", 0.05)
+    supervisor = started(running, hang, [(1.5, how)], timeout=0.75)
+    assert receive_all(supervisor) == [(0, "came through")]
+
+
+def test_without_a_timeout_nobody_hangs(running: list[Supervisor]) -> None:
+    supervisor = started(running, hang, [(1.5, "hangs")])
+    assert receive_all(supervisor) == [(0, "came through")]
+
+
+@pytest.mark.parametrize("target", [send_then_fail, leave_a_child])
+def test_a_dead_worker_is_replaced(target: Target, running: list[Supervisor]) -> None:
+    """Also if a child of it still has its end of the pipe."""
+    dying: tuple[Any, ...] = (2, "die") if target is send_then_fail else ()
+    supervisor = started(running, replaceable, [(target, *dying), (send_then_fail, 0, "wait")])
+    messages, death = receive_until_a_death(supervisor)
+    assert messages == [(0, i) for i in range(2)][: len(dying)]
+    assert death.worker == 0
+    supervisor.replace(0, (send_then_fail, 3, "return"))
+    assert not supervisor.finished
+    assert len(set(supervisor.pids)) == 2
+    supervisor.request_stop()
+    assert [message for worker, message in receive_all(supervisor) if worker == 0] == [0, 1, 2]
+
+
+def replaceable(channel: WorkerChannel, target: Target, *arguments: Any) -> None:
+    target(channel, *arguments)
+    while arguments == (0, "wait") and not channel.stopped():
+        time.sleep(0.01)
