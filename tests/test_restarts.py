@@ -85,6 +85,11 @@ class Seen(BaseCallback):
         return True
 
 
+@pytest.fixture(autouse=True)
+def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_a3c.supervisor.LOOK_SECONDS", 0.05)
+
+
 def counting(n_envs: int = 4) -> VecEnv:
     return DummyVecEnv([lambda: Monitor(Counting())] * n_envs)
 
@@ -147,13 +152,13 @@ def test_it_is_said_each_time_and_logged() -> None:
         (signal.SIGTERM, "Worker 0 was killed by SIGTERM"),
         (signal.SIGSEGV, "Worker 0 was killed by SIGSEGV. Most likely C code"),
         (-1, "Worker 0 exited with code 3"),
-        (0, "Worker 0 was killed, as it had not come further for 1 s"),
+        (0, r"Worker 0 was killed, as it had not come further for 0\.5 s"),
     ],
     ids=["SIGKILL", "SIGTERM", "SIGSEGV", "os._exit", "hang"],
 )
 def test_deaths_of_all_kinds(number: int, message: str, tmp_path: Path) -> None:
     file = tmp_path / "file"
-    arguments: Any = dict(n_steps=N_STEPS, n_workers=1, worker_timeout=1.0)
+    arguments: Any = dict(n_steps=N_STEPS, n_workers=1, worker_timeout=0.5)
     for max_worker_restarts in (1, 0):
         file.touch()
         model = A3C(
@@ -224,10 +229,10 @@ def test_waiting_is_no_hang() -> None:
     class Slow(BaseCallback):
         def _on_step(self) -> bool:
             if self.n_calls in (5, 10):
-                time.sleep(2.5)
+                time.sleep(1.2)
             return True
 
-    model = A3C("MlpPolicy", counting(2), n_steps=N_STEPS, n_workers=2, worker_timeout=1.0)
+    model = A3C("MlpPolicy", counting(2), n_steps=N_STEPS, n_workers=2, worker_timeout=0.5)
     model.learn(200, callback=Slow())
     assert model.num_timesteps >= 200
 
@@ -236,10 +241,10 @@ def test_a_slow_reset_is_no_hang() -> None:
     class SlowStart(Counting):
         def reset(self, **kwargs: Any) -> Any:
             if not hasattr(self, "n"):
-                time.sleep(2.5)
+                time.sleep(1.2)
             return super().reset(**kwargs)
 
-    model = A3C("MlpPolicy", DummyVecEnv([SlowStart]), n_steps=N_STEPS, n_workers=1, worker_timeout=1.0)
+    model = A3C("MlpPolicy", DummyVecEnv([SlowStart]), n_steps=N_STEPS, n_workers=1, worker_timeout=0.5)
     model.learn(20)
 
 

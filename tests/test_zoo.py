@@ -434,6 +434,7 @@ def test_wrong_commands(
 @pytest.mark.usefixtures("unregistered")
 def test_options_are_rl_zoos(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["sb3-a3c", "train", "--help"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit) as ended:
         zoo.main()
     assert ended.value.code == 0
