@@ -178,8 +178,8 @@ class HogwildCollector:
         """Of a worker's process."""
         # with short rollouts, one worker's must be able to fill a whole step
         credit = MAX_ROLLOUTS_WAITING + 1 + self._env.num_envs // (task.settings.n_steps * len(task.env_indices))
-        reported = len(self._statistics_of[task.index])  # of its predecessor, and not yet used up
-        return self.store, share, credit - reported, cloudpickle.dumps(task)
+        credit -= len(self._statistics_of[task.index])  # what its predecessor has reported and is not yet used up
+        return self.store, share, max(0, credit), cloudpickle.dumps(task)
 
     def wait_for_step(self) -> bool:
         """
@@ -308,6 +308,8 @@ class HogwildCollector:
         The rollout that the dead one was in the middle of is lost, and not counted.
         """
         worker = death.worker
+        if self.n_restarts == self._max_restarts > 0:
+            death.add_note(f"{self.n_restarts} workers were replaced before: max_worker_restarts is used up.")
         if self._is_ending or isinstance(self._env.unwrapped, SubprocVecEnv) or self.n_restarts == self._max_restarts:
             raise death
         self.n_restarts += 1

@@ -277,9 +277,12 @@ class Supervisor:
 
     def _kill_the_hung(self) -> None:
         """Of those that have worked on the same piece for too long, nobody knows what they wait for."""
-        if self._timeout is None or time.monotonic() < self._next_look:
+        late = time.monotonic() - self._next_look
+        if self._timeout is None or late < 0:
             return
         self._next_look = time.monotonic() + LOOK_SECONDS
+        if late > 10 * LOOK_SECONDS:
+            return  # this process has stood still itself, as after Ctrl-Z: so may they have
         too_long_ago = time.monotonic_ns() - int(self._timeout * 1e9)
         for index, process in self._processes.items():
             if 0 < self._heartbeats[index] < too_long_ago and index not in self._ended:

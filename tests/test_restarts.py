@@ -181,8 +181,9 @@ def test_a_worker_that_dies_again_and_again_ends_learn(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     model = A3C("MlpPolicy", DummyVecEnv([Hopeless]), n_workers=1, max_worker_restarts=2)
-    with pytest.raises(WorkerDiedError, match="Worker 0 was killed by SIGKILL"):
+    with pytest.raises(WorkerDiedError, match="Worker 0 was killed by SIGKILL") as raised:
         model.learn(100)
+    assert raised.value.__notes__ == ["2 workers were replaced before: max_worker_restarts is used up."]
     assert model.num_timesteps == 0
 
 

@@ -387,3 +387,12 @@ def replaceable(channel: WorkerChannel, target: Target, *arguments: Any) -> None
     target(channel, *arguments)
     while arguments == (0, "wait") and not channel.stopped():
         time.sleep(0.01)
+
+
+def test_whoever_stood_still_with_the_main_process_does_not_hang(running: list[Supervisor]) -> None:
+    """As after Ctrl-Z: when all go on, the heartbeats are old, but nobody has had the time for a new one."""
+    supervisor = started(running, hang, [(1.5, "beats")], timeout=0.75)
+    supervisor._heartbeats[0] = 1
+    supervisor._next_look -= 1000.0
+    assert supervisor.receive(timeout=0.0) == []
+    assert receive_all(supervisor) == [(0, "came through")]
