@@ -18,6 +18,7 @@ def last_line(script: str, *arguments: str) -> str:
     return result.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_throughput_of_a3c_and_what_bounds_it() -> None:
     arguments = ("--games", "Pong", "--seconds", "0.4", "--only")
     a3c = json.loads(last_line("throughput.py", *arguments, "A3C, native"))
@@ -28,6 +29,7 @@ def test_throughput_of_a3c_and_what_bounds_it() -> None:
     assert bound["steps/s"] == pytest.approx(len(os.sched_getaffinity(0)) * 1e6 / (bound["emulator"] + bound["network"]))
 
 
+@pytest.mark.slow
 def test_scaling() -> None:
     assert float(last_line("scaling.py", "--only", "1", "--seconds", "0.4")) > 0
 
