@@ -350,6 +350,19 @@ def test_optimize_survives_a_trial_that_raises(fresh: Zoo) -> None:
     assert report.with_suffix(".pkl").exists()
 
 
+@pytest.mark.slow
+def test_the_example_of_a_search(fresh: Zoo) -> None:
+    fresh.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{fresh.environ['PATH']}"
+    output = fresh.call("bash", str(CHECKOUT / "examples" / "zoo_search.sh"), "CartPole-v1", "2", "1000", "2000")
+    assert "Number of finished trials:  2" in output
+    (model,) = (fresh.folder / "logs" / "a3c").glob("*/CartPole-v1.zip")
+    trained = A3C.load(model)
+    assert trained.num_timesteps >= 2000
+    best = re.search(r"learning_rate: (\S+)", output)
+    assert best is not None
+    assert trained.learning_rate(1.0) == pytest.approx(float(best[1]))  # type: ignore[operator]
+
+
 EVERYTHING = """
 CartPole-v1:
   n_envs: 2
