@@ -38,3 +38,9 @@ def test_pong_settings() -> None:
     line = last_line("pong_settings.py", "--n-envs", "4", "--seconds", "0.4")
     assert line.startswith("n_envs=4: ")
     assert line.endswith(" steps/s")
+
+
+@pytest.mark.slow
+def test_soak() -> None:
+    arguments = ("--minutes", "0.4", "--kill-every", "4", "--n-envs", "4")
+    assert last_line("soak.py", *arguments) == "left in shared memory: 0 segments"
