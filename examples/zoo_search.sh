@@ -4,8 +4,8 @@
 #   bash examples/zoo_search.sh [environment] [trials] [timesteps of a trial] [timesteps of the training]
 #
 # Needs `pip install ".[zoo]"`. What is tried stands in sb3_a3c/search_space.py; what is not stays as in the file of
-# hyper-parameters, but for `policy_kwargs`, which are replaced. Two trials run at a time, each with one worker. Trials are kept in a
-# journal: call it again to add more, or let several of these searches run at once.
+# hyper-parameters, but for `policy_kwargs`, which are replaced. Two trials run at a time, each with one worker. Trials are
+# kept in a journal: call it again to add more, or let several of these searches run at once.
 set -euo pipefail
 
 env=${1:-CartPole-v1}

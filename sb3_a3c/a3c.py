@@ -171,7 +171,7 @@ class A3C(OnPolicyAlgorithm):
                 "A3C has no rollout buffer: each worker learns from its rollout at once. Leave `rollout_buffer_class` and "
                 "`rollout_buffer_kwargs` out."
             )
-        check_processes(self.n_workers, self.start_method, self.max_worker_restarts, self.worker_timeout)
+        self._check_processes()
         spaces = (getattr(self, "observation_space", None), getattr(self, "action_space", None))  # absent without env
         check_spaces(*spaces, self.policy_class)
         self._setup_lr_schedule()
@@ -192,6 +192,9 @@ class A3C(OnPolicyAlgorithm):
         self.policy = self.policy.to(self.device)
         self.rollout_buffer = None  # type: ignore[assignment]
         check_optimizer(self.policy.optimizer)
+
+    def _check_processes(self) -> None:
+        check_processes(self.n_workers, self.start_method, self.max_worker_restarts, self.worker_timeout)
 
     def _settings(self) -> Settings:
         return Settings(
@@ -249,9 +252,7 @@ class A3C(OnPolicyAlgorithm):
             raise ValueError(
                 "The model has no environment to learn from: call `set_env(env)` or `load(path, env=env)` first."
             )
-        check_processes(
-            self.n_workers, self.start_method, self.max_worker_restarts, self.worker_timeout
-        )  # also what was changed since the constructor
+        self._check_processes()  # also what was changed since the constructor
         check_settings(self._settings())
         check_workers(self.env, self.n_workers)
         self._base_seed = int(np.random.randint(2**31))
