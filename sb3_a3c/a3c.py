@@ -20,6 +20,7 @@ from sb3_a3c.archive import check_archive, write_whole
 from sb3_a3c.arguments import check_device, check_policy, check_processes, check_settings, check_spaces, check_workers
 from sb3_a3c.collector import HogwildCollector
 from sb3_a3c.envs import clone_env, pending_options, pending_seeds, unobserved
+from sb3_a3c.guard import check_finite
 from sb3_a3c.interrupts import uninterrupted
 from sb3_a3c.policies import CnnLstmPolicy, CnnPolicy, MlpLstmPolicy, MlpPolicy, MultiInputLstmPolicy, MultiInputPolicy
 from sb3_a3c.shared import check_optimizer
@@ -467,6 +468,7 @@ class A3C(OnPolicyAlgorithm):
         """
         super().set_parameters(load_path_or_dict, exact_match, device)
         if self._collector is not None:
+            check_finite(self.policy)
             self._collector.store.load_policy(self.policy)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:

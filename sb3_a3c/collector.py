@@ -153,7 +153,7 @@ class HogwildCollector:
         self.n_restarts = 0
         self._is_ending = False
         self._redirect: Redirect | None = None
-        self._has_hinted = False
+        self._has_hinted = self._has_told_of_skipped = False
         self._n_threads = th.get_num_threads()
         self._workers: _Workers
         if not shares:
@@ -332,6 +332,7 @@ class HogwildCollector:
                 self._n_reported[worker] += report.rewards.size
                 self._statistics_of[worker].append(report.statistics)
                 self._spread(worker, news)
+                self._tell_of_skipped(report.statistics)
             case Done():
                 self._done.add(worker)
                 for other in range(len(self._env_indices)):
@@ -339,6 +340,14 @@ class HogwildCollector:
             case Farewell(news, counts):
                 self._spread(worker, news)
                 self._wrapper_counts[worker] = counts
+
+    def _tell_of_skipped(self, statistics: RolloutStatistics) -> None:
+        """Once in a training; `train/skipped_updates` goes on counting."""
+        if statistics.skipped_updates > 0 and not self._has_told_of_skipped:
+            self._has_told_of_skipped = True
+            warnings.warn(
+                f"An update was dropped, as {statistics.fault}. Further ones are counted in the log.", stacklevel=2
+            )
 
     def _spread(self, worker: int, news: News) -> None:
         """What a worker's ``VecNormalize`` saw goes into the user's, and to the other workers with their next credit."""

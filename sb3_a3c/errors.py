@@ -26,6 +26,6 @@ class WorkerTracebackError(A3CError):
 
 class DivergenceError(A3CError, ValueError):
     """
-    The loss or its gradient was NaN or infinite too many times in a row. The parameters are finite: no such update
-    was applied. (A ``ValueError``, so that RL Zoo's hyper-parameter search prunes the trial.)
+    Observations, rewards, the loss or its gradient were NaN or infinite too many times in a row. The parameters are finite:
+    no such update was applied. (A ``ValueError``, so that RL Zoo's hyper-parameter search prunes the trial.)
     """

@@ -23,13 +23,18 @@ _OPTIONS = ("training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "g
 
 
 class _NewsKeeper(RunningMeanStd):
-    """Running statistics that also keep what has come since the news were last taken."""
+    """
+    Running statistics that also keep what has come since the news were last taken. Steps with a number that is not finite
+    leave them alone: one NaN would stay in them for ever.
+    """
 
     def __init__(self, known: RunningMeanStd) -> None:
         self.mean, self.var, self.count = known.mean, known.var, known.count
         self.news = _nothing_like(known)
 
     def update_from_moments(self, batch_mean: npt.NDArray[Any], batch_var: npt.NDArray[Any], batch_count: float) -> None:
+        if not (np.isfinite(batch_mean).all() and np.isfinite(batch_var).all()):
+            return
         super().update_from_moments(batch_mean, batch_var, batch_count)
         self.news.update_from_moments(batch_mean, batch_var, batch_count)
 

@@ -21,7 +21,7 @@ Obs = npt.NDArray[Any] | dict[str, npt.NDArray[Any]]
 class RolloutStatistics:
     """Sums over one rollout of one worker, so that rollouts of different sizes pool exactly."""
 
-    n_transitions: int = 0
+    n_transitions: int = 0  #: learned from
     policy_loss: float = 0.0  #: sums over transitions of the objective's terms (not yet weighted by coefficients) …
     value_loss: float = 0.0
     entropy: float = 0.0
@@ -30,7 +30,8 @@ class RolloutStatistics:
     n_updates: int = 0
     grad_norm: float = 0.0  #: sums over updates, before clipping
     staleness: int = 0
-    skipped_updates: int = 0  #: updates dropped because their gradient was not finite
+    skipped_updates: int = 0  #: updates dropped because something was not finite
+    fault: str = ""  #: what that was, at the last of them
     seconds: dict[str, float] = field(default_factory=dict)  #: time spent acting, stepping, learning, sharing
     core_seconds: float = 0.0  #: of these, those in which the worker had a core …
     queue_seconds: float = 0.0  #: … and those in which it could have used one, but others had it; 0 if not known
@@ -202,8 +203,8 @@ class TrainingStatistics:
         pool.n_threads = max(pool.n_threads, new.n_threads)
         for name in _SUMS:
             setattr(pool, name, getattr(pool, name) + getattr(new, name))
-        pool.return_moments = _added(pool.return_moments, new.return_moments)
-        pool.error_moments = _added(pool.error_moments, new.error_moments)
+        pool.return_moments = added(pool.return_moments, new.return_moments)
+        pool.error_moments = added(pool.error_moments, new.error_moments)
         for activity, seconds in new.seconds.items():
             pool.seconds[activity] = pool.seconds.get(activity, 0.0) + seconds
 
@@ -212,15 +213,14 @@ class TrainingStatistics:
         :return: logger keys and values: A2C's, means per transition; ours, means per update; shares of the workers' time
         """
         pool, self.pool = self.pool, RolloutStatistics()
-        if pool.n_transitions == 0:
+        if pool.n_transitions == 0 and not pool.seconds:  # nobody has finished a rollout
             return {}
-        values = {
-            "train/explained_variance": _explained_variance(pool),
-            "train/entropy_loss": -pool.entropy / pool.n_transitions,
-            "train/policy_loss": pool.policy_loss / pool.n_transitions,
-            "train/value_loss": pool.value_loss / pool.n_transitions,
-            "train/skipped_updates": self.skipped_updates,
-        }
+        values: dict[str, float] = {"train/skipped_updates": self.skipped_updates}
+        if pool.n_transitions > 0:
+            values["train/explained_variance"] = _explained_variance(pool)
+            values["train/entropy_loss"] = -pool.entropy / pool.n_transitions
+            values["train/policy_loss"] = pool.policy_loss / pool.n_transitions
+            values["train/value_loss"] = pool.value_loss / pool.n_transitions
         if pool.n_updates > 0:
             values["train/grad_norm"] = pool.grad_norm / pool.n_updates
             values["train/staleness"] = pool.staleness / pool.n_updates
@@ -229,7 +229,12 @@ class TrainingStatistics:
         return values
 
 
-def _added(a: Iterable[float], b: Iterable[float]) -> tuple[float, float]:
+def added(a: Iterable[float], b: Iterable[float]) -> tuple[float, float]:
+    """
+    :param a: moments
+    :param b: moments of other numbers
+    :return: moments of all of them
+    """
     first, second = (x + y for x, y in zip(a, b, strict=True))
     return first, second
 

@@ -20,6 +20,7 @@ import copy
 import enum
 import inspect
 import math
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ import numpy.typing as npt
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_a3c.errors import DivergenceError
+from sb3_a3c.guard import all_finite, check_finite
+
+#: So often the shared parameters are copied until all are finite, a millisecond apart.
+MAX_COPIES = 1000
 _ALIGNMENT = 64  # bytes: a cache line, so that no two tensors share one
 
 
@@ -80,11 +86,12 @@ class ParameterStore:
     :param policy: parameters, buffers and optimizer to start from; it keeps its own
     :param n_workers: how many replicas may push
     :param share_memory: False keeps everything in this process's private memory (one worker in this process)
-    :raises ValueError: if the optimizer's ``step`` needs a closure
+    :raises ValueError: if the optimizer's ``step`` needs a closure, or a parameter is not finite
     """
 
     def __init__(self, policy: ActorCriticPolicy, n_workers: int, share_memory: bool = True) -> None:
         check_optimizer(policy.optimizer)
+        check_finite(policy)
         parameters = list(policy.parameters())
         buffers = list(policy.buffers())
         state = [_initial_state(policy.optimizer, parameter) for parameter in parameters]
@@ -152,10 +159,13 @@ class ParameterStore:
         :param policy: a policy of the same architecture
         """
         with th.no_grad():
-            for slot, tensor in zip(
-                self._parameter_slots + self._buffer_slots, [*policy.parameters(), *policy.buffers()], strict=True
-            ):
-                tensor.copy_(slot.view(self._flat))
+            for slot, parameter in zip(self._parameter_slots, policy.parameters(), strict=True):
+                value = slot.view(self._flat).clone()
+                if parameter.requires_grad and not all_finite([value]):  # a worker is about to mend that
+                    value = th.where(value.isfinite(), value, parameter)
+                parameter.copy_(value)
+            for slot, buffer in zip(self._buffer_slots, policy.buffers(), strict=True):
+                buffer.copy_(slot.view(self._flat))
 
     def fetch_optimizer(self, policy: ActorCriticPolicy) -> None:
         """
@@ -212,31 +222,69 @@ class Replica:
                     assert _same_order(value, shared), (value.stride(), shared.stride())
             if state:
                 self.optimizer.state[shared] = state
+        self._trainable = [(p.detach(), self._shared_of[p].detach()) for p in policy.parameters() if p.requires_grad]
+        # some buffers are infinite for good, such as masks
+        self._finite_buffers = [b for b in policy.buffers() if b.is_floating_point() and all_finite([b])]
         self.pull()
 
     def pull(self) -> None:
         """Copy the shared parameters (and module buffers) into the worker's policy."""
         self._seen_updates = self._updates_by_others()
-        self._local_bytes.copy_(self._shared_bytes)
+        for _ in range(MAX_COPIES):
+            self._local_bytes.copy_(self._shared_bytes)
+            if all_finite(local for local, _ in self._trainable):
+                break
+            time.sleep(1e-3)  # another worker's step is being mended
+        else:
+            raise DivergenceError(
+                "The shared parameters are NaN or infinite: a worker died before it could mend its update. Lower "
+                "`learning_rate`; the model still has the last finite parameters."
+            )
+        self._pull_buffers()
+
+    def _pull_buffers(self) -> None:
         for buffer, shared in zip(self._policy.buffers(), self._shared_buffers, strict=True):
             buffer.copy_(shared)
 
-    def push(self) -> int:
+    def discard(self) -> None:
+        """Forget the gradient of the worker's policy, and what it left in module buffers."""
+        self._policy.zero_grad()
+        self._pull_buffers()
+
+    def push(self) -> int | None:
         """
         Let the shared optimizer take one step with the gradient of the worker's policy, and forget the gradient.
 
-        :return: the staleness of that gradient: how many updates other workers made since the last pull
+        :return: the staleness of that gradient: how many updates other workers made since the last pull; None if the step
+            made numbers NaN or infinite: then these are again what they were at the last pull
         """
+        if not all_finite(self._finite_buffers):
+            return None
         for parameter, shared in self._shared_of.items():
             gradient, parameter.grad = parameter.grad, None
             assert gradient is None or _same_order(gradient, shared), (gradient.stride(), shared.stride())
             shared.grad = gradient
         staleness = self._updates_by_others() - self._seen_updates
         self.optimizer.step()
+        if not all_finite(shared for _, shared in self._trainable):
+            self._mend()
+            return None
         for buffer, shared_buffer in zip(self._policy.buffers(), self._shared_buffers, strict=True):
             shared_buffer.copy_(buffer)
         self._counters[self._worker, Counter.UPDATES] += 1
         return staleness
+
+    def _mend(self) -> None:
+        """
+        Where shared parameters are not finite, let them be what they were at the last pull. (To undo whole steps would take
+        a copy of parameters and moments before each, which costs as much as the step, and would undo others' steps too.)
+        """
+        for local, shared in self._trainable:
+            shared.copy_(th.where(shared.isfinite(), shared, local))
+        for shared, state in self.optimizer.state.items():  # with weight decay, moments may have met such a parameter
+            for value in state.values():
+                if isinstance(value, th.Tensor) and value.shape == shared.shape:
+                    value.nan_to_num_(0.0, 0.0, 0.0)
 
     def _updates_by_others(self) -> int:
         updates = self._counters[:, Counter.UPDATES]

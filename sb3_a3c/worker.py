@@ -3,6 +3,8 @@ The actor-learner: what each worker does, read next to Algorithm S3 of the paper
 
     pull → act for ``n_steps`` → returns and advantages → for each chunk of environments: loss, gradient, push → report
 
+Algorithm S3 knows no number that is not finite; ``guard`` has what becomes of those.
+
 It knows nothing of processes; ``service`` has the loop of a worker process.
 """
 
@@ -21,25 +23,23 @@ from stable_baselines3.common.utils import obs_as_tensor, set_random_seed, updat
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.actions import to_env_actions
-from sb3_a3c.errors import DivergenceError
-from sb3_a3c.loss import a3c_loss, advantages_and_returns, bootstrap_time_limits
+from sb3_a3c.guard import Fault, Guard, fault_of_gradient, fault_of_rollout, finite_obs, outputs_explained
+from sb3_a3c.loss import LossTerms, a3c_loss, advantages_and_returns, bootstrap_time_limits
 from sb3_a3c.lstm import LstmState
 from sb3_a3c.recurrent import as_recurrent
-from sb3_a3c.reports import Obs, Report, RolloutStatistics
+from sb3_a3c.reports import Obs, Report, RolloutStatistics, added
 from sb3_a3c.shared import Counter, ParameterStore, Replica
 from sb3_a3c.stopwatch import Stopwatch
 from sb3_a3c.tape import ChunkTape, RolloutTape
 from sb3_a3c.task import WorkerTask
-
-#: So many updates in a row without a finite gradient end the training.
-MAX_SKIPPED_UPDATES = 100
 
 
 @dataclass
 class Rollout:
     """T = n_steps transitions of each of N environments, as the worker acted them out."""
 
-    obs: Obs  #: (T, N, …)
+    obs: Obs  #: (T, N, …), finite
+    faulty_obs: npt.NDArray[np.bool_]  #: (N,), whether one of them, or of the last, was not
     actions: th.Tensor  #: (T, N, …)
     rewards: npt.NDArray[np.float32]  #: (T, N)
     dones: npt.NDArray[np.bool_]  #: (T, N)
@@ -74,12 +74,12 @@ class ActorLearner:
         self.counters = store.counters
         self.env = env
         self.n_envs = env.num_envs
-        self.obs: Obs = _copied(env.reset())
+        self.obs, self._faulty_obs = finite_obs(env.reset())
         self.state = self.actor.initial_state(self.n_envs)
         self.episode_starts = th.ones(self.n_envs, dtype=th.bool)
         self._tape: RolloutTape | None = None
         self._tape_shape: tuple[int, list[slice]] | None = None
-        self._skipped_in_a_row = 0
+        self._guard = Guard()
         self._statistics = RolloutStatistics()
         self._watch = Stopwatch(self._statistics)
 
@@ -141,7 +141,7 @@ class ActorLearner:
         """Algorithm S3: "Perform a_t according to policy π(a_t|s_t; θ'); receive reward r_t and new state s_{t+1}"."""
         n_steps, n_envs = self.settings.n_steps, self.n_envs
         self.policy.set_training_mode(False)
-        first_state, tape = self.state, self._blank_tape()
+        first_state, tape, faulty_obs = self.state, self._blank_tape(), self._faulty_obs
         recording = {} if tape is None else {"tape": tape}
         obs, actions, infos, starts = [], [], [], []
         rewards = np.zeros((n_steps, n_envs), dtype=np.float32)
@@ -153,7 +153,7 @@ class ActorLearner:
                 return None
             if self.settings.use_sde and self.settings.sde_sample_freq > 0 and t % self.settings.sde_sample_freq == 0:
                 self.policy.reset_noise(n_envs)
-            with th.no_grad():
+            with th.no_grad(), outputs_explained():
                 action, value, self.state = self.actor.act(
                     _as_tensor(self.obs), self.state, self.episode_starts, **recording
                 )
@@ -166,7 +166,8 @@ class ActorLearner:
             new_obs, rewards[t], dones[t], info = self.env.step(env_actions)
             self._watch.spent("stepping")
             infos.append(info)
-            self.obs = _copied(new_obs)
+            self.obs, self._faulty_obs = finite_obs(new_obs)
+            faulty_obs = faulty_obs | self._faulty_obs
             self.episode_starts = th.from_numpy(dones[t].copy())
             for i in np.flatnonzero(dones[t]):
                 if info[i].get("TimeLimit.truncated", False) and info[i].get("terminal_observation") is not None:
@@ -176,6 +177,7 @@ class ActorLearner:
         self._watch.spent("acting")
         return Rollout(
             obs=_stacked(obs),
+            faulty_obs=faulty_obs,
             actions=th.stack(actions),
             rewards=rewards,
             dones=dones,
@@ -225,11 +227,14 @@ class ActorLearner:
         chunks = self._chunks()
         tapes = [None] * len(chunks) if rollout.tape is None else rollout.tape.chunk_tapes()
         for chunk, tape in zip(chunks, tapes, strict=True):
-            self._compute_gradient(rollout, advantages[:, chunk], returns[:, chunk], chunk, tape)
-            self._push()
-        self._statistics.n_transitions += returns.size
-        self._statistics.return_moments = _moments(returns)
-        self._statistics.error_moments = _moments(returns - rollout.values)
+            fault = fault_of_rollout(rollout.faulty_obs[chunk], rollout.rewards[:, chunk], rollout.terminal_values[:, chunk])
+            if fault is None:
+                terms = self._compute_gradient(rollout, advantages[:, chunk], returns[:, chunk], chunk, tape)
+                fault = self._push(terms)
+            if fault is None:
+                self._note(terms, returns[:, chunk], rollout.values[:, chunk])
+            else:
+                self._drop(fault)
         self._watch.spent("learning")
 
     def _compute_gradient(
@@ -239,7 +244,7 @@ class ActorLearner:
         returns: npt.NDArray[np.floating],
         chunk: slice,
         tape: ChunkTape | None,
-    ) -> None:
+    ) -> LossTerms:
         """
         Leave the gradient of the loss over a chunk of environments in the replica.
 
@@ -248,6 +253,7 @@ class ActorLearner:
         :param returns: (n_steps, chunk)
         :param chunk: which environments
         :param tape: of what the policy computed for them
+        :return: the loss
         """
         shape = returns.shape
         if self.settings.normalize_advantage and advantages.size > 1:
@@ -257,13 +263,14 @@ class ActorLearner:
             actions = actions.long().flatten()
         elif isinstance(self.policy.action_space, spaces.Box):
             actions = actions.flatten(1)  # (T * n, …) -> (T * n, action_dim)
-        values, log_prob, entropy = self.actor.evaluate_actions(
-            _as_tensor(_flat_chunk(rollout.obs, chunk)),
-            actions,
-            tuple(part[:, chunk].contiguous() for part in rollout.first_state),
-            rollout.episode_starts[:, chunk],
-            **({} if tape is None else {"tape": tape}),
-        )
+        with outputs_explained():
+            values, log_prob, entropy = self.actor.evaluate_actions(
+                _as_tensor(_flat_chunk(rollout.obs, chunk)),
+                actions,
+                tuple(part[:, chunk].contiguous() for part in rollout.first_state),
+                rollout.episode_starts[:, chunk],
+                **({} if tape is None else {"tape": tape}),
+            )
         terms = a3c_loss(
             values.reshape(shape),  # (T * n, 1) -> (T, n)
             log_prob.reshape(shape),
@@ -274,36 +281,42 @@ class ActorLearner:
             self.settings.vf_coef,
         )
         terms.loss.backward()  # type: ignore[no-untyped-call]
-        n_envs = shape[1]
-        self._statistics.policy_loss += terms.policy_loss.item() * n_envs
-        self._statistics.value_loss += terms.value_loss.item() * n_envs
-        self._statistics.entropy += terms.entropy.item() * n_envs
+        return terms
 
-    def _push(self) -> None:
-        """Algorithm S3: "Perform asynchronous update of θ using dθ and of θ_v using dθ_v", unless it is not finite."""
+    def _push(self, terms: LossTerms) -> Fault | None:
+        """Algorithm S3: "Perform asynchronous update of θ using dθ and of θ_v using dθ_v"; or the reason why not."""
         norm = th.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
-        if not norm.isfinite():
-            self._skip_update()
-            return
+        if (fault := fault_of_gradient(terms.loss.item(), norm)) is not None:
+            return fault
         if norm > self.settings.max_grad_norm:
             th.nn.utils.clip_grads_with_norm_(self.policy.parameters(), self.settings.max_grad_norm, norm)
         self._watch.spent("learning")
-        self._skipped_in_a_row = 0
-        self._statistics.staleness += self.replica.push()
-        self._statistics.n_updates += 1
-        self._statistics.grad_norm += norm.item()
+        staleness = self.replica.push()
         self._watch.spent("sharing")
+        if staleness is None:
+            return Fault.PARAMETER
+        self._statistics.staleness += staleness
+        self._statistics.grad_norm += norm.item()
+        return None
 
-    def _skip_update(self) -> None:
-        self.policy.zero_grad()
+    def _note(self, terms: LossTerms, returns: npt.NDArray[np.floating], values: npt.NDArray[np.floating]) -> None:
+        """Of an update that was made: what the logger will want to know."""
+        self._guard.passed()
+        statistics, n_envs = self._statistics, returns.shape[1]
+        statistics.n_updates += 1
+        statistics.n_transitions += returns.size
+        statistics.policy_loss += terms.policy_loss.item() * n_envs
+        statistics.value_loss += terms.value_loss.item() * n_envs
+        statistics.entropy += terms.entropy.item() * n_envs
+        statistics.return_moments = added(statistics.return_moments, _moments(returns))
+        statistics.error_moments = added(statistics.error_moments, _moments(returns - values))
+
+    def _drop(self, fault: Fault) -> None:
+        """An update is not made."""
+        self.replica.discard()
         self._statistics.skipped_updates += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= MAX_SKIPPED_UPDATES:
-            raise DivergenceError(
-                f"The gradient was NaN or infinite {MAX_SKIPPED_UPDATES} times in a row; none of these updates was applied. "
-                "Look for NaN or infinity in observations and rewards (wrap the environment in VecCheckNan), or lower "
-                "`learning_rate` or `max_grad_norm`."
-            )
+        self._statistics.fault = fault.what
+        self._guard.dropped(fault)
 
 
 def _moments(x: npt.NDArray[np.floating]) -> tuple[float, float]:
@@ -314,13 +327,6 @@ def _moments(x: npt.NDArray[np.floating]) -> tuple[float, float]:
 
 def _as_tensor(obs: Obs) -> Any:
     return obs_as_tensor(obs, th.device("cpu"))
-
-
-def _copied(obs: Any) -> Obs:
-    """Wrappers may hand out a buffer that the next step overwrites."""
-    if isinstance(obs, dict):
-        return {key: np.array(value) for key, value in obs.items()}
-    return np.array(obs)
 
 
 def _stacked(rows: list[Any]) -> Obs:

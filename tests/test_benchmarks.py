@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,11 @@ def test_pong_settings() -> None:
     line = last_line("pong_settings.py", "--n-envs", "4", "--seconds", "0.4")
     assert line.startswith("n_envs=4: ")
     assert line.endswith(" steps/s")
+
+
+@pytest.mark.slow
+def test_guard() -> None:
+    assert re.fullmatch(r"guard and heartbeat: [\d.]+ ms, [\d.]+% of it", last_line("guard.py", "--rollouts", "2"))
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import torch as th
 from stable_baselines3.common.env_util import make_atari_env
 
 from sb3_a3c import A3C
+from sb3_a3c.loss import LossTerms
 from sb3_a3c.worker import ActorLearner, Rollout
 
 N_ENVS, N_STEPS, GAMMA, ENT_COEF, VF_COEF = 2, 20, 0.99, 0.01, 0.5
@@ -113,9 +114,10 @@ def test_gradient_is_the_papers(
     parameters = dict(learner.policy.named_parameters())
     compute = ActorLearner._compute_gradient
 
-    def compute_and_record(self: ActorLearner, *args: Any) -> None:
-        compute(self, *args)
+    def compute_and_record(self: ActorLearner, *args: Any) -> LossTerms:
+        terms = compute(self, *args)
         recorded.append({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
+        return terms
 
     monkeypatch.setattr(ActorLearner, "_compute_gradient", compute_and_record)
     monkeypatch.setattr(learner, "should_stop", lambda: False)

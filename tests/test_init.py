@@ -10,7 +10,7 @@ PACKAGE = Path(sb3_a3c.__file__).parent
 #: Which modules of ours each module may import: the layout of the architecture, one direction only.
 LAYERS = {
     "__init__": {"a3c", "errors", "policies"},
-    "a3c": {"archive", "arguments", "collector", "envs", "interrupts", "policies", "shared", "task"},
+    "a3c": {"archive", "arguments", "collector", "envs", "guard", "interrupts", "policies", "shared", "task"},
     "arguments": {"envs", "policies", "task"},
     "collector": {
         "envs",
@@ -31,10 +31,11 @@ LAYERS = {
     "checkup": {"errors", "hints", "reports"},
     "trial": {"a3c", "atari", "channel", "collector", "loss", "machine", "recurrent", "reports", "shared", "supervisor"},
     "machine": set(),
+    "guard": {"errors", "reports"},
     "hints": {"reports"},
     "inprocess": {"service", "shared", "task", "worker"},
     "service": {"channel", "envs", "normalization", "reports", "shared", "task", "worker"},
-    "worker": {"actions", "errors", "loss", "lstm", "recurrent", "reports", "shared", "stopwatch", "tape", "task"},
+    "worker": {"actions", "guard", "loss", "lstm", "recurrent", "reports", "shared", "stopwatch", "tape", "task"},
     "supervisor": {"channel", "errors", "interrupts", "launcher"},
     "normalization": {"envs"},
     "channel": set(),
@@ -55,7 +56,7 @@ LAYERS = {
     "redirect": set(),
     "reports": set(),
     "search_space": set(),
-    "shared": set(),
+    "shared": {"errors", "guard"},
     "stopwatch": {"reports"},
     "subproc": set(),
     "tape": {"convolutions", "lstm", "plain"},

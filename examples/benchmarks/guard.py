@@ -1,0 +1,86 @@
+"""
+What it costs to look for hung workers and for numbers that are not finite, on Pong.
+
+    python examples/benchmarks/guard.py [--rollouts 100] [--n-envs 8]
+
+One actor-learner makes rollouts in this process, with the heartbeat of a worker process. The CPU time of every call that
+serves the guard or the heartbeat is added up, and compared with the time of the rollout. The copy of each observation is in
+it, though a worker would need it anyway; the gradient's norm is not: clipping needs it.
+"""
+
+import argparse
+import queue
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import torch as th
+
+from sb3_a3c import A3C, shared, worker
+from sb3_a3c.atari import make_ale_vec_env
+from sb3_a3c.channel import WorkerChannel
+from sb3_a3c.shared import ParameterStore
+from sb3_a3c.task import WorkerTask
+from sb3_a3c.worker import ActorLearner
+
+WATCHED = [
+    (worker, "finite_obs"),
+    (worker, "fault_of_rollout"),
+    (worker, "fault_of_gradient"),
+    (shared, "all_finite"),
+    (WorkerChannel, "works"),
+    (WorkerChannel, "rests"),
+]
+
+spent: defaultdict[str, float] = defaultdict(float)
+
+
+def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        begin = time.thread_time()
+        result = function(*args)
+        spent[function.__name__] += time.thread_time() - begin
+        return result
+
+    return call
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What guard and heartbeat cost on Pong.")
+    parser.add_argument("--rollouts", type=int, default=100)
+    parser.add_argument("--n-envs", type=int, default=8, help="of one worker")
+    args = parser.parse_args()
+
+    th.set_num_threads(1)
+    for place, name in WATCHED:
+        setattr(place, name, timed(getattr(place, name)))
+    env = make_ale_vec_env("PongNoFrameskip-v4", args.n_envs, seed=0)
+    model = A3C("CnnLstmPolicy", env, n_workers=0, seed=0)
+    task = WorkerTask(0, 0, tuple(range(args.n_envs)), cloudpickle.dumps(model.policy), model._settings(), 0, 10**9)
+    channel = WorkerChannel(None, queue.SimpleQueue(), th.zeros(2, dtype=th.int64), 0)  # type: ignore[arg-type]
+    learner = ActorLearner(task, model.env, ParameterStore(model.policy, 1), channel.works)  # type: ignore[arg-type]
+    for _ in range(5):  # torch warms up
+        learner.rollout()
+        channel.rests()
+    spent.clear()
+    seconds = []
+    for _ in range(args.rollouts):
+        begin = time.perf_counter()
+        learner.rollout()
+        channel.rests()
+        seconds.append(time.perf_counter() - begin)
+    env.close()
+
+    rollout = float(np.median(seconds))
+    print(f"a rollout of {model.n_steps} steps of {args.n_envs} environments: {1e3 * rollout:.1f} ms")
+    for name, total in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"  {name:20} {1e3 * total / args.rollouts:7.3f} ms  {total / args.rollouts / rollout:7.3%}")
+    total = sum(spent.values()) / args.rollouts
+    print(f"guard and heartbeat: {1e3 * total:.3f} ms, {total / rollout:.2%} of it")
+
+
+if __name__ == "__main__":
+    main()

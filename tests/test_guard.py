@@ -1,0 +1,391 @@
+"""Numbers that are none: what they would spoil is dropped, to the bit; all else goes on; and the user hears why."""
+
+import functools
+import math
+import threading
+import time
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+
+from sb3_a3c import A3C, DivergenceError, MlpLstmPolicy, MlpPolicy, shared
+from sb3_a3c.guard import Fault, Guard, all_finite, finite_obs
+from sb3_a3c.shared import ParameterStore, Replica
+
+BAD = pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+TOLD = pytest.mark.filterwarnings("ignore:An update was dropped")
+
+
+class Faulty(gym.Env[Any, Any]):
+    """Counts to ten. Observations or rewards are bad while its attribute ``where`` says so, or at one step only."""
+
+    action_space: spaces.Space[Any] = spaces.Discrete(3)
+    observation_space: spaces.Space[Any] = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    render_mode = None
+
+    def __init__(self, where: str = "", bad: float = math.nan, at: int | None = None) -> None:
+        self.where, self.bad, self.at = where, bad, at
+        self.n_steps = self.t = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self.t = 0
+        return self.observation(), {}
+
+    def step(self, action: Any) -> Any:
+        self.t += 1
+        self.n_steps += 1
+        return self.observation(), self.bad if self.is_bad("reward") else 1.0, False, self.t == 10, {}
+
+    def observation(self) -> Any:
+        return np.array([self.t, self.bad if self.is_bad("observation") else 1.0], dtype=np.float32)
+
+    def is_bad(self, where: str) -> bool:
+        return where == self.where and self.at in (None, self.n_steps)
+
+
+class Continuous(Faulty):
+    action_space = spaces.Box(-1, 1, (2,), np.float32)
+
+
+class Nested(Faulty):
+    observation_space = spaces.Dict(a=spaces.Discrete(3), b=spaces.Box(-np.inf, np.inf, (2,), np.float32))
+
+    def observation(self) -> Any:
+        return {"a": self.t % 3, "b": super().observation()}
+
+
+class _Times(th.autograd.Function):
+    """Lets numbers pass, and multiplies their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: th.Tensor, factor: float) -> th.Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: th.Tensor) -> Any:
+        return gradient * ctx.factor, None
+
+
+class Extractor(BaseFeaturesExtractor):
+    """Its gradient can be spoiled."""
+
+    factor = 1.0
+
+    def __init__(self, space: spaces.Box) -> None:
+        super().__init__(space, features_dim=2)
+        self.linear = th.nn.Linear(2, 2)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        features: th.Tensor = _Times.apply(self.linear(x), self.factor)  # type: ignore[no-untyped-call]
+        return features
+
+
+class WithOddLoss(MlpPolicy):
+    """The loss can be spoiled, its gradient stays finite."""
+
+    added = 0.0
+
+    def evaluate_actions(self, *args: Any, **kwargs: Any) -> Any:
+        values, log_prob, entropy = super().evaluate_actions(*args, **kwargs)
+        return values, log_prob, None if entropy is None else entropy + self.added
+
+
+def envs(make: Any = Faulty, n_envs: int = 4, *args: Any) -> VecEnv:
+    return DummyVecEnv([functools.partial(make, *args)] * n_envs)
+
+
+def numbers(model: A3C) -> dict[str, th.Tensor]:
+    """All that was learned, as it is now."""
+    policy = model.policy
+    moments = {
+        f"{name} {key}": value.clone()
+        for name, parameter in policy.named_parameters()
+        for key, value in policy.optimizer.state[parameter].items()
+    }
+    return {**{name: value.clone() for name, value in policy.state_dict().items()}, **moments}
+
+
+def same_bits(a: dict[str, th.Tensor], b: dict[str, th.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(th.equal(a[key], b[key]) for key in a)
+
+
+CASES: list[Any] = [
+    ("reward", "MlpLstmPolicy", Faulty),
+    ("observation", "MlpLstmPolicy", Faulty),
+    ("observation", "MlpPolicy", Continuous),
+]
+CASES += [
+    ("observation", "MultiInputLstmPolicy", Nested),
+    ("gradient", "MlpLstmPolicy", Faulty),
+    ("loss", WithOddLoss, Faulty),
+]
+
+
+@TOLD
+@BAD
+@pytest.mark.parametrize(("where", "policy", "make"), CASES)
+def test_a_dropped_update_changes_no_bit(where: str, policy: Any, make: Any, bad: float) -> None:
+    check_dropped_updates(where, policy, make, bad, n_workers=0)
+
+
+@TOLD
+@pytest.mark.parametrize(("where", "policy", "make"), CASES)
+def test_a_dropped_update_of_worker_processes_changes_no_bit(where: str, policy: Any, make: Any) -> None:
+    check_dropped_updates(where, policy, make, math.nan, n_workers=2)
+
+
+def check_dropped_updates(where: str, policy: Any, make: Any, bad: float, n_workers: int) -> None:
+    kwargs = dict(features_extractor_class=Extractor) if make is not Nested else {}
+    model = A3C(policy, envs(make), n_steps=5, n_workers=n_workers, envs_per_update=2, policy_kwargs=kwargs, seed=1)
+    model.learn(200)  # moments that are not zero
+    before, n_updates, learned = numbers(model), model._n_updates, any(numbers(model)["value_net.bias exp_avg"])
+    assert learned
+    assert model.env is not None
+    if where == "gradient":
+        model.policy.features_extractor.factor = bad  # type: ignore[assignment]
+    elif where == "loss":
+        model.policy.added = bad  # type: ignore[assignment]
+    else:
+        model.env.set_attr("bad", bad)
+        model.env.set_attr("where", where)
+    skipped: list[int] = []
+
+    def note(local: dict[str, Any], _: dict[str, Any]) -> bool:
+        skipped.append(local["self"]._collector.statistics.skipped_updates)
+        return True
+
+    model.learn(200, callback=note)
+    assert same_bits(numbers(model), before)
+    assert model._n_updates == n_updates
+    assert skipped[-1] == 20
+    assert model.num_timesteps == 200
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+@pytest.mark.parametrize("where", ["reward", "observation"])
+def test_all_else_goes_on_and_it_is_said_once(where: str, n_workers: int) -> None:
+    env = DummyVecEnv([lambda: Faulty(where, at=None), Faulty, Faulty, Faulty])
+    model = A3C("MlpLstmPolicy", env, n_steps=5, n_workers=n_workers, envs_per_update=1, seed=1)
+    with pytest.warns(UserWarning, match=rf"^An update was dropped, as an? {where} was NaN or infinite") as warned:
+        model.learn(400)
+    assert len(warned) == 1
+    assert model.num_timesteps == 400
+    if n_workers == 0:
+        assert model._n_updates == 60  # 80, and every fourth was dropped
+    else:
+        assert 0 < model._n_updates < 80
+    assert all_finite(model.policy.parameters())
+
+
+@TOLD
+def test_one_bad_observation_spoils_one_update_and_not_the_memory() -> None:
+    env = envs(Faulty, 1, "observation", math.nan, 7)
+    model = A3C("MlpLstmPolicy", env, n_steps=5, n_workers=0, seed=1)
+    model.learn(100)
+    assert model._n_updates == 19
+
+
+@TOLD
+def test_the_observation_after_the_last_step_counts_for_two_rollouts() -> None:
+    """Its value is the bootstrap of the first, and the second begins with it."""
+    env = envs(Faulty, 1, "observation", math.nan, 15)
+    model = A3C("MlpLstmPolicy", env, n_steps=5, n_workers=0, seed=1)
+    model.learn(100)
+    assert model._n_updates == 18
+
+
+@TOLD
+@pytest.mark.parametrize("n_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("where", "advice"), [("observation", "VecCheckNan"), ("reward", "VecCheckNan"), ("gradient", "learning_rate")]
+)
+def test_100_in_a_row_end_the_training(where: str, advice: str, n_workers: int) -> None:
+    model = A3C("MlpPolicy", envs(), n_steps=5, n_workers=n_workers, policy_kwargs=dict(features_extractor_class=Extractor))
+    assert model.env is not None
+    model.env.set_attr("where", where)
+    model.policy.features_extractor.factor = math.nan if where == "gradient" else 1.0  # type: ignore[assignment]
+    before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    with pytest.raises(
+        DivergenceError, match=rf"^100 updates in a row were dropped, the last because .*{where} was.*{advice}"
+    ):
+        model.learn(10_000)
+    assert all(th.equal(value, before[name]) for name, value in model.policy.state_dict().items())
+    assert model.num_timesteps in range(99 * 20 - 100, 99 * 20 + 1)
+
+
+def test_a_passed_update_begins_the_count_anew() -> None:
+    guard = Guard()
+    for _ in range(3):
+        for _ in range(99):
+            guard.dropped(Fault.REWARD)
+        guard.passed()
+
+
+@TOLD
+@pytest.mark.parametrize("n_workers", [0, 2])
+@pytest.mark.parametrize(("use_rms_prop", "normal"), [(False, 1e-3), (True, 1e-3)])
+def test_a_step_to_infinity_is_undone(use_rms_prop: bool, normal: float, n_workers: int) -> None:
+    """A learning rate that suddenly is infinite: nothing of what it does to any parameter stays."""
+    model = A3C("MlpLstmPolicy", envs(), learning_rate=normal, n_steps=5, n_workers=n_workers, use_rms_prop=use_rms_prop)
+    model.learn(200)
+    before = model.policy.state_dict()
+    before = {name: value.clone() for name, value in before.items()}
+    model.lr_schedule = lambda progress_remaining: math.inf
+    with pytest.raises(DivergenceError, match=r"parameters NaN or infinite.*`learning_rate`.*`eps`"):
+        model.learn(10_000)
+    assert all(th.equal(value, before[name]) for name, value in model.policy.state_dict().items())
+
+
+def test_outputs_that_overflow_are_explained() -> None:
+    for make in (Faulty, Continuous):
+        model = A3C("MlpPolicy", envs(make), n_workers=0, seed=1)
+        policy: Any = model.policy
+        with th.no_grad():
+            policy.action_net.weight.fill_(3e38)
+            policy.mlp_extractor.policy_net[0].bias.fill_(10.0)
+        with pytest.raises(DivergenceError, match=r"outputs were NaN or infinite.*too large.*`learning_rate`"):
+            model.learn(100)
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_parameters_that_are_not_finite_are_refused(n_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = A3C("MlpPolicy", envs(), n_workers=n_workers)
+    good = model.get_parameters()
+    bad = {**good, "policy": {name: value.clone() for name, value in good["policy"].items()}}
+    bad["policy"]["value_net.bias"].fill_(math.nan)
+
+    def set_bad(*_: Any) -> bool:
+        model.set_parameters(bad)
+        return True
+
+    with pytest.raises(ValueError, match=r"parameter `value_net.bias` is NaN or infinite.*checkpoint"):
+        model.learn(100, callback=set_bad)
+    assert all_finite(model.policy.parameters())
+    monkeypatch.setattr("sb3_a3c.supervisor.Supervisor.start", None)
+    model.set_parameters(bad)
+    with pytest.raises(ValueError, match=r"parameter `value_net.bias` is NaN or infinite.*checkpoint"):
+        model.learn(100)
+
+
+@TOLD
+def test_statistics_of_vec_normalize_stay_finite() -> None:
+    for where in ("observation", "reward"):
+        env = VecNormalize(envs(Faulty, 4, where, math.nan, 5))
+        model = A3C("MlpPolicy", env, n_steps=5, n_workers=2, envs_per_update=1)
+        model.learn(400)
+        obs_rms: Any = env.obs_rms
+        assert np.isfinite(obs_rms.mean).all() and np.isfinite(obs_rms.var).all()
+        assert np.isfinite(env.ret_rms.mean) and np.isfinite(env.ret_rms.var)
+        assert obs_rms.count > 300
+        assert model._n_updates > 60
+
+
+# --- the parts ------------------------------------------------------------------------------------------------------
+
+
+def test_finite_obs_are_copies_with_zeros_and_marks() -> None:
+    obs = np.array([[1.0, 2.0], [math.nan, 3.0], [4.0, -math.inf], [1e39, 5.0]])
+    copy, faulty = finite_obs(obs)
+    assert copy.tolist() == [[1, 2], [0, 3], [4, 0], [0, 5]]  # type: ignore[union-attr]
+    assert faulty.tolist() == [False, True, True, True]
+    assert copy is not obs and math.isnan(obs[1, 0])
+    pixels = np.full((2, 3, 3), 255, dtype=np.uint8)
+    copy, faulty = finite_obs(pixels)
+    assert copy is not pixels and (copy == pixels).all() and faulty.tolist() == [False, False]  # type: ignore[union-attr]
+    nested, faulty = finite_obs({"a": obs, "b": pixels[:1].repeat(4, axis=0), "c": obs[::-1]})
+    assert faulty.tolist() == [True, True, True, True]
+    assert isinstance(nested, dict) and nested["c"].tolist()[0] == [0, 5]
+
+
+def make_policy(**kwargs: Any) -> ActorCriticPolicy:
+    return MlpLstmPolicy(
+        spaces.Box(-1, 1, (2,)), spaces.Discrete(2), lambda _: 1e-2, lstm_hidden_size=4, net_arch=[], **kwargs
+    )
+
+
+def set_gradients(policy: ActorCriticPolicy, value: float) -> None:
+    for parameter in policy.parameters():
+        parameter.grad = th.full_like(parameter, value)
+
+
+def test_an_epsilon_of_zero_spoils_only_parameters_without_gradient_and_these_stay() -> None:
+    policy = make_policy(optimizer_kwargs=dict(eps=0.0))
+    store = ParameterStore(policy, 1, share_memory=False)
+    replica = Replica(store, policy, 0)
+    before = [p.detach().clone() for p in policy.parameters()]
+    set_gradients(policy, 1.0)
+    next(iter(policy.parameters())).grad = th.zeros_like(next(iter(policy.parameters())))
+    assert replica.push() is None
+    assert store.n_updates == 0
+    replica.pull()
+    moved = [not th.equal(p, old) for p, old in zip(policy.parameters(), before, strict=True)]
+    assert moved == [False, *[True] * (len(before) - 1)]
+    set_gradients(policy, 1.0)
+    assert replica.push() == 0
+
+
+def test_moments_that_met_a_bad_parameter_are_mended() -> None:
+    policy = make_policy(optimizer_kwargs=dict(weight_decay=0.1))
+    store = ParameterStore(policy, 1, share_memory=False)
+    replica = Replica(store, policy, 0)
+    name, parameter = next(iter(policy.named_parameters()))
+    replica._shared_of[parameter].data[0, 0] = math.nan  # as if another worker's step had been here
+    set_gradients(policy, 1.0)
+    assert replica.push() is None
+    replica.pull()
+    set_gradients(policy, 1.0)
+    assert replica.push() == 0
+    assert all(all_finite([value]) for state in replica.optimizer.state.values() for value in state.values()), name
+
+
+def test_buffers_that_overflow_are_not_shared_but_masks_may_be_infinite() -> None:
+    policy = make_policy()
+    policy.register_buffer("mask", th.tensor([0.0, -math.inf]))
+    policy.register_buffer("running_mean", th.zeros(2))
+    store = ParameterStore(policy, 1, share_memory=False)
+    replica = Replica(store, policy, 0)
+    set_gradients(policy, 1.0)
+    assert replica.push() == 0
+    buffer: Any = policy.running_mean
+    buffer.fill_(math.inf)
+    set_gradients(policy, 1.0)
+    assert replica.push() is None
+    replica.discard()
+    assert buffer.tolist() == [0.0, 0.0]
+    assert all(parameter.grad is None for parameter in policy.parameters())
+    set_gradients(policy, 1.0)
+    assert replica.push() == 0
+
+
+def test_who_pulls_while_a_step_is_being_mended_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, private = make_policy(), make_policy()
+    store = ParameterStore(policy, 1, share_memory=False)
+    replica = Replica(store, policy, 0)
+    shared_parameter = next(iter(replica._shared_of.values())).data
+    good, theirs = shared_parameter.clone(), next(iter(private.parameters())).detach().clone()
+    shared_parameter[1:].fill_(math.nan)
+    store.fetch_policy(private)  # never waits: where there is no number, there stays the last one
+    fetched = next(iter(private.parameters()))
+    assert th.equal(fetched[:1], good[:1]) and th.equal(fetched[1:], theirs[1:])
+
+    def mend() -> None:
+        time.sleep(0.05)
+        shared_parameter.copy_(good)
+
+    thread = threading.Thread(target=mend)
+    thread.start()
+    replica.pull()
+    thread.join()
+    assert th.equal(next(iter(policy.parameters())), good)
+    monkeypatch.setattr(shared, "MAX_COPIES", 3)
+    shared_parameter.fill_(math.inf)
+    with pytest.raises(DivergenceError, match="shared parameters are NaN or infinite"):
+        replica.pull()
