@@ -49,4 +49,4 @@ def test_guard() -> None:
 @pytest.mark.slow
 def test_soak() -> None:
     arguments = ("--minutes", "0.4", "--kill-every", "4", "--n-envs", "4")
-    assert last_line("soak.py", *arguments) == "left in shared memory: 0 segments"
+    assert last_line("soak.py", *arguments) == "left: 0 segments of shared memory, 0 workers"

@@ -3,13 +3,15 @@ A3C on Pong while its workers are killed: what is lost, and what leaks.
 
     python examples/benchmarks/soak.py [--minutes 20] [--kill-every 10] [--n-envs 16] [--n-workers 2]
 
-Every few seconds a random worker, but never the first, is sent SIGKILL, and is replaced. The last lines say how many steps
-and restarts there were, how many steps/s were lost to them (compared with the second --kill-every seconds, before the first
-kill), how memory and open files of the main process and memory of worker 0 have grown since the first tenth of the time,
-and what is left in shared memory. Linux only.
+A first call of ``learn`` measures the speed without kills. A second one has as many timesteps to make as would take
+--minutes at that speed, and every few seconds a random worker, but never the first, is sent SIGKILL, and is replaced. The
+last lines say how many steps and restarts there were, whether all steps that workers reported were counted, how many
+steps/s were lost, how memory and open files of the main process and memory of worker 0 have grown since the second minute
+(or the first tenth of a shorter time), and what is left in shared memory and of processes. Linux only.
 """
 
 import argparse
+import multiprocessing
 import os
 import random
 import signal
@@ -22,40 +24,49 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_a3c import A3C
 from sb3_a3c.atari import make_ale_vec_env
+from sb3_a3c.collector import HogwildCollector
+
+
+class Timer(BaseCallback):
+    """Ends the training after some time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def _on_step(self) -> bool:
+        if self.n_calls == 1:  # the workers run
+            self.begin, self.first_steps = time.monotonic(), self.num_timesteps
+        elapsed = time.monotonic() - self.begin
+        self.speed = (self.num_timesteps - self.first_steps) / max(elapsed, 1e-9)
+        return elapsed < self.seconds
 
 
 class Killer(BaseCallback):
-    """Ends the training after some time, and workers before."""
+    """Kills workers, and looks at what is left of the others."""
 
-    def __init__(self, minutes: float, kill_every: float) -> None:
+    def __init__(self, kill_every: float) -> None:
         super().__init__()
-        self.seconds = 60 * minutes
         self.kill_every = kill_every
-        self.n_kills = self.n_restarts = 0
-        self.n_shown = 0
+        self.n_kills = 0
         self.samples: list[tuple[float, int, float, float, int]] = []  # seconds, steps, MB of main, MB of worker 0, files
 
-    def _on_rollout_start(self) -> None:
-        if not self.samples:  # the workers run
-            self.begin = time.monotonic()
-            self._note()
-
     def _on_step(self) -> bool:
-        self.n_shown += len(self.locals["infos"])
+        if self.n_calls == 1:
+            self.begin = time.monotonic()
+            self.collector: HogwildCollector = self.model._collector  # type: ignore[attr-defined]
         if time.monotonic() - self.begin >= self.kill_every * len(self.samples):
             self._note()
-            now = self.samples[-1][0]
-            if len(self.samples) > 2 and now < self.seconds - 0.5 * self.kill_every:  # and not at the very end
+            if len(self.samples) > 1:
                 victim = random.choice(self.pids[1:])
                 self.n_kills += 1
-                print(f"{now:6.0f} s  {self.num_timesteps:>9} steps  killing {victim}", flush=True)
+                print(f"{self.samples[-1][0]:6.0f} s  {self.num_timesteps:>9} steps  killing {victim}", flush=True)
                 os.kill(victim, signal.SIGKILL)
-        self.n_restarts = self.model._collector.n_restarts  # type: ignore[attr-defined]
-        return time.monotonic() - self.begin < self.seconds
+        return True
 
     @property
     def pids(self) -> list[int]:
-        pids: list[int] = self.model._collector._workers.pids  # type: ignore[attr-defined]
+        pids: list[int] = self.collector._workers.pids  # type: ignore[attr-defined]
         return pids
 
     def _note(self) -> None:
@@ -87,23 +98,27 @@ def main() -> None:
     before = _segments()
     env = make_ale_vec_env("PongNoFrameskip-v4", args.n_envs, seed=0)
     model = A3C("CnnLstmPolicy", env, n_workers=args.n_workers, max_worker_restarts=10**6, seed=0)
-    killer = Killer(args.minutes, args.kill_every)
-    model.learn(10**9, callback=killer)
+    timer, killer = Timer(3 * args.kill_every), Killer(args.kill_every)
+    model.learn(10**9, callback=timer)
+    total = int(timer.speed * 60 * args.minutes)
+    model.learn(total, callback=killer)
     env.close()
 
     seconds, steps, of_main, of_worker, files = np.array(killer.samples).T
-    settled = seconds >= 0.1 * seconds[-1]
-    print(f"{model.num_timesteps} steps, of which callbacks saw {killer.n_shown}; {model._n_updates} updates")
-    print(f"{killer.n_restarts} restarts after {killer.n_kills} kills")
-    if len(steps) > 3 and settled.sum() > 2:
-        speeds = np.diff(steps) / np.diff(seconds)  # the first has the start of the workers in it
-        undisturbed, disturbed = speeds[1], (steps[-1] - steps[2]) / (seconds[-1] - seconds[2])
-        print(f"{disturbed:.0f} steps/s, {undisturbed:.0f} before the first kill: {1 - disturbed / undisturbed:.1%} lost")
+    collector = killer.collector
+    print(f"{model.num_timesteps} steps of {total} wanted; reported by workers: {sum(collector._n_reported)}")
+    print(f"{collector.n_restarts} restarts after {killer.n_kills} kills")
+    print(f"skipped updates: {collector.statistics.skipped_updates}")
+    speed = (steps[-1] - steps[0]) / (seconds[-1] - seconds[0])
+    print(f"{speed:.0f} steps/s, {timer.speed:.0f} without kills: {1 - speed / timer.speed:.1%} lost")
+    settled = seconds >= min(120.0, 0.1 * seconds[-1])
+    if settled.sum() > 2:
         for name, sizes in (("main process", of_main), ("worker 0", of_worker)):
             slope = np.polyfit(seconds[settled] / 60, sizes[settled], 1)[0]
             print(f"{name}: {sizes[-1]:.0f} MB, {slope:+.2f} MB/min")
     print(f"open files: {files[0]:.0f} at first, {files[-1]:.0f} at last")
-    print(f"left in shared memory: {len(_segments() - before)} segments")
+    workers = [child.name for child in multiprocessing.active_children() if child.name.startswith("a3c-worker")]
+    print(f"left: {len(_segments() - before)} segments of shared memory, {len(workers)} workers")
 
 
 if __name__ == "__main__":
