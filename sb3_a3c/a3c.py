@@ -2,11 +2,15 @@
 
 import io
 from collections.abc import Iterable
+from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import gymnasium as gym
 import numpy as np
 import torch as th
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -17,7 +21,7 @@ from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.archive import check_archive, write_whole
-from sb3_a3c.arguments import check_device, check_policy, check_processes, check_settings, check_spaces, check_workers
+from sb3_a3c.arguments import check_arguments, check_device, check_policy, check_spaces, check_workers
 from sb3_a3c.collector import HogwildCollector
 from sb3_a3c.envs import clone_env, pending_options, pending_seeds, unobserved
 from sb3_a3c.guard import check_finite
@@ -27,6 +31,7 @@ from sb3_a3c.shared import check_optimizer
 from sb3_a3c.task import Settings
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
+_values_of_settings = attrgetter(*(field.name for field in fields(Settings)))
 
 
 class A3C(OnPolicyAlgorithm):
@@ -125,6 +130,8 @@ class A3C(OnPolicyAlgorithm):
         max_worker_restarts: int = 10,
         worker_timeout: float | None = 300.0,
     ) -> None:
+        check_arguments(locals())
+        check_policy(policy, self.policy_aliases)
         self.rms_prop_eps = rms_prop_eps
         self.use_rms_prop = use_rms_prop
         self.normalize_advantage = normalize_advantage
@@ -140,7 +147,7 @@ class A3C(OnPolicyAlgorithm):
         self._n_updates_at_start = 0
         super().__init__(
             policy,
-            _clone_single_env(env, n_workers),
+            _make_env(env, n_workers, verbose),
             learning_rate=learning_rate,
             n_steps=n_steps,
             gamma=gamma,
@@ -167,16 +174,11 @@ class A3C(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         check_policy(self.policy_class)
-        if self.rollout_buffer_class is not None or self.rollout_buffer_kwargs:
-            raise ValueError(
-                "A3C has no rollout buffer: each worker learns from its rollout at once. Leave `rollout_buffer_class` and "
-                "`rollout_buffer_kwargs` out."
-            )
-        self._check_processes()
+        vars(self).pop("lr_schedule", None)  # a loaded one: `learning_rate` counts
+        self._check_arguments()
         spaces = (getattr(self, "observation_space", None), getattr(self, "action_space", None))  # absent without env
         check_spaces(*spaces, self.policy_class)
         self._setup_lr_schedule()
-        check_settings(self._settings())
         self.set_random_seed(self.seed)
         kwargs = dict(self.policy_kwargs)
         if "optimizer_class" not in kwargs:
@@ -194,24 +196,12 @@ class A3C(OnPolicyAlgorithm):
         self.rollout_buffer = None  # type: ignore[assignment]
         check_optimizer(self.policy.optimizer)
 
-    def _check_processes(self) -> None:
-        check_processes(self.n_workers, self.start_method, self.max_worker_restarts, self.worker_timeout)
+    def _check_arguments(self) -> None:
+        """Also those that were loaded, or changed since the constructor."""
+        vars(self).update(check_arguments(vars(self)))
 
     def _settings(self) -> Settings:
-        return Settings(
-            n_steps=self.n_steps,
-            gamma=self.gamma,
-            gae_lambda=self.gae_lambda,
-            ent_coef=self.ent_coef,
-            vf_coef=self.vf_coef,
-            max_grad_norm=self.max_grad_norm,
-            normalize_advantage=self.normalize_advantage,
-            use_sde=self.use_sde,
-            sde_sample_freq=self.sde_sample_freq,
-            envs_per_update=self.envs_per_update,
-            take_turns=self.take_turns,
-            lr_schedule=self.lr_schedule,
-        )
+        return Settings(*_values_of_settings(self))
 
     def learn(
         self: SelfA3C,
@@ -253,8 +243,7 @@ class A3C(OnPolicyAlgorithm):
             raise ValueError(
                 "The model has no environment to learn from: call `set_env(env)` or `load(path, env=env)` first."
             )
-        self._check_processes()  # also what was changed since the constructor
-        check_settings(self._settings())
+        self._check_arguments()
         check_workers(self.env, self.n_workers)
         self._base_seed = int(np.random.randint(2**31))
         self._pending_env_seeds, self._pending_env_options = pending_seeds(self.env), pending_options(self.env)
@@ -271,14 +260,13 @@ class A3C(OnPolicyAlgorithm):
 
     def _start_workers(self, env: VecEnv) -> HogwildCollector:
         assert self._last_obs is not None
-        settings = self._settings()
-        check_settings(settings)  # a callback may have changed them at the start of training
+        self._check_arguments()  # a callback may have changed them at the start of training
         self._n_updates_at_start = self._n_updates
         return HogwildCollector(
             self.policy,
             env,
             self._last_obs,
-            settings,
+            self._settings(),
             self.n_workers,
             seed=self._base_seed,
             env_seeds=self._pending_env_seeds,
@@ -363,7 +351,8 @@ class A3C(OnPolicyAlgorithm):
         assert self._collector is not None
         settings = self._settings()
         if settings != self._collector.settings:
-            check_settings(settings)
+            self._check_arguments()
+            settings = self._settings()
             if settings.take_turns != self._collector.settings.take_turns:
                 raise ValueError("`take_turns` can't be changed while workers run: set it before `learn`.")
         self._collector.change(settings)
@@ -487,8 +476,12 @@ class A3C(OnPolicyAlgorithm):
         return [*super()._excluded_save_params(), "_collector", "_base_seed", "_pending_env_seeds", "_pending_env_options"]
 
 
-def _clone_single_env(env: GymEnv | str, n_workers: int | None) -> GymEnv | str:
+def _make_env(env: GymEnv | str, n_workers: int | None, verbose: int) -> GymEnv:
     """An id or a single environment is one environment; only an explicit number of workers makes more of it."""
-    if env is None or isinstance(env, VecEnv) or not isinstance(n_workers, int | np.integer) or n_workers < 2:
-        return env
-    return make_vec_env(env, n_envs=int(n_workers)) if isinstance(env, str) else clone_env(env, int(n_workers))
+    n_envs = int(n_workers or 1)
+    if isinstance(env, str):
+        try:
+            return make_vec_env(env, n_envs=n_envs) if n_envs > 1 else maybe_make_env(env, verbose)
+        except (gym.error.Error, ImportError, ValueError) as error:
+            raise ValueError(f"`env`: {env!r} can't be made: {type(error).__name__}: {error}") from error
+    return env if env is None or isinstance(env, VecEnv) or n_envs == 1 else clone_env(env, n_envs)

@@ -16,7 +16,7 @@ import gymnasium as gym
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.a3c import A3C
-from sb3_a3c.arguments import check_processes
+from sb3_a3c.arguments import check_arguments
 from sb3_a3c.checkup import (
     Finding,
     Level,
@@ -94,7 +94,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     try:
-        check_processes(args.n_workers, args.start_method)
+        check_arguments({"n_workers": args.n_workers, "start_method": args.start_method})
     except ValueError as error:
         parser.error(str(error))
     if args.n_envs < max(1, args.n_workers or 0):

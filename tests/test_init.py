@@ -11,7 +11,7 @@ PACKAGE = Path(sb3_a3c.__file__).parent
 LAYERS = {
     "__init__": {"a3c", "errors", "policies"},
     "a3c": {"archive", "arguments", "collector", "envs", "guard", "interrupts", "policies", "shared", "task"},
-    "arguments": {"envs", "policies", "task"},
+    "arguments": {"envs", "policies"},
     "collector": {
         "envs",
         "errors",
