@@ -236,7 +236,10 @@ class A3C(OnPolicyAlgorithm):
                 int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
             )
         finally:
-            self._stop_workers()
+            try:
+                self._stop_workers()
+            finally:
+                self._stop_workers()  # where a second Ctrl-C came before the first call could defer it
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self.env is None:
@@ -282,17 +285,19 @@ class A3C(OnPolicyAlgorithm):
         """Take back what was learned, and leave no process behind."""
         if self._collector is None:
             return
-        collector, self._collector = self._collector, None
-        try:
-            collector.stop()
-        finally:
-            self._take_over(collector)
-            collector.store.fetch_optimizer(self.policy)
+        with uninterrupted() as impatience:  # a second Ctrl-C makes it faster
+            collector, self._collector = self._collector, None
+            try:
+                collector.stop(impatience)
+            finally:
+                self._take_over(collector)
+                collector.store.fetch_optimizer(self.policy)
 
     def _take_over(self, collector: HogwildCollector) -> None:
         """Count what no callback has seen (the remainder, and what came after False), and follow what was learned."""
-        infos, dones = collector.take_leftovers()
-        self.num_timesteps += len(infos)
+        with uninterrupted():
+            infos, dones = collector.take_leftovers()
+            self.num_timesteps += len(infos)
         self._update_info_buffer(infos, dones)
         self._fetch(collector)
 

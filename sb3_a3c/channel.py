@@ -148,6 +148,8 @@ def worker_process(
 ) -> None:
     """Body of every worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the main process stops the workers
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # whatever the environment wants with it
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_empty_inbox, args=(inbox, messages), daemon=True).start()
     channel = WorkerChannel(pipe, messages, flags, index)

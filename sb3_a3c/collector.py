@@ -6,6 +6,7 @@ their reports to Stable-Baselines3 as steps of ``n_envs`` transitions, and tells
 """
 
 import dataclasses
+import math
 import multiprocessing
 import os
 import sys
@@ -50,6 +51,8 @@ from sb3_a3c.task import Settings, WorkerTask
 MAX_ROLLOUTS_WAITING = 3
 #: Seconds within which workers that have been asked to stop must have told what they did last.
 PATIENCE, LONG_PATIENCE = 2.0, 60.0
+#: The same from a second Ctrl-C on, and seconds between two looks for one.
+NO_PATIENCE, LOOK_SECONDS = 0.5, 0.1
 #: Modules that a fork server imports once for all workers. torch's optimizers import torch._dynamo at their first step,
 #: which takes seconds; cv2 and ale_py, slow to import too, are there for Atari.
 PRELOAD = ("sb3_a3c.service", "stable_baselines3.common.vec_env", "torch._dynamo", "cv2", "ale_py")
@@ -243,8 +246,12 @@ class HogwildCollector:
                 self.statistics.add(waiting.popleft())
         return self._assembler.leftovers()
 
-    def stop(self) -> None:
-        """End the workers and free what was used for them; the store and the leftovers stay readable."""
+    def stop(self, impatience: Sequence[Any] = ()) -> None:
+        """
+        End the workers and free what was used for them; the store and the leftovers stay readable.
+
+        :param impatience: there is something in it once the user is tired of waiting
+        """
         self._is_ending = True
         if self._redirect is not None:
             self._redirect.remove()
@@ -254,19 +261,21 @@ class HogwildCollector:
             self._workers.request_stop()
             for worker in range(len(self._env_indices)):
                 self._workers.send(worker, Close())
-            self._receive_the_last(lambda: self._workers.finished)
+            self._receive_the_last(lambda: self._workers.finished, impatience)
         finally:
             try:
                 self._workers.stop()
             finally:
-                self._take_environments_back()
+                self._take_environments_back(impatience)
 
-    def _receive_the_last(self, is_over: Callable[[], bool]) -> None:
+    def _receive_the_last(self, is_over: Callable[[], bool], impatience: Sequence[Any] = ()) -> None:
         already_failing = sys.exc_info()[0] is not None  # `learn` is about to raise something
         deadline = time.monotonic() + self._patience()
         while not is_over() and (left := deadline - time.monotonic()) > 0:
+            if impatience:
+                deadline, impatience = min(deadline, time.monotonic() + NO_PATIENCE), ()
             try:
-                self._receive(left)
+                self._receive(min(left, LOOK_SECONDS))
             except Exception as error:  # by now, nothing can be done about it
                 if not already_failing:
                     warnings.warn(f"At the end of training a worker failed: {type(error).__name__}: {error}", stacklevel=2)
@@ -279,12 +288,12 @@ class HogwildCollector:
         records = any(isinstance(wrapper, VecVideoRecorder) for wrapper in wrappers(self._env))
         return LONG_PATIENCE if records or isinstance(self._env.unwrapped, SubprocVecEnv) else PATIENCE
 
-    def _take_environments_back(self) -> None:
+    def _take_environments_back(self, impatience: Sequence[Any] = ()) -> None:
         continue_from(self._env, list(self._wrapper_counts.values()))
         base = self._env.unwrapped
         died = [index for index, worker in self._worker_of.items() if worker not in self._wrapper_counts]
         if isinstance(self._workers, Supervisor) and isinstance(base, SubprocVecEnv) and died:
-            take_back(base, died)
+            take_back(base, died, NO_PATIENCE if impatience else math.inf)
 
     @property
     def _all_done(self) -> bool:

@@ -8,6 +8,7 @@ may have been started by somebody else (a ``SubprocVecEnv``), without torch, and
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import types
@@ -35,12 +36,31 @@ def prepared_start(context: Any, preload: Sequence[str]) -> Iterator[None]:
     :param context: their context
     :param preload: names of modules that a new fork server imports once for all its children
     """
-    with _starting, _without_main_module():
+    with _starting, _without_main_module(), _deaf_to_ctrl_c():
         if context.get_start_method() == "forkserver":
             with _own_fork_server(preload):
                 yield
         else:
             yield
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """
+    A terminal sends Ctrl-C to all processes, also to those that have not come so far as to ignore it: a fork server that
+    still imports would end, with a traceback. What starts inside this block inherits that SIGINT is blocked.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # its start would end the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ slice of them over the user's own pipes, and the user goes on with them afterwar
 
 import contextlib
 import copy
+import math
 import secrets
 import time
 import warnings
@@ -32,16 +33,17 @@ def lend(env: SubprocVecEnv, indices: Sequence[int]) -> SubprocVecEnv:
     return share
 
 
-def take_back(env: SubprocVecEnv, indices: Iterable[int]) -> None:
+def take_back(env: SubprocVecEnv, indices: Iterable[int], patience: float = math.inf) -> None:
     """
     Of a worker that died: its environments may be about to answer what nobody waits for any more. Read on until each
     answers a question of our own.
 
     :param env: the user's
     :param indices: which environments the worker had
+    :param patience: seconds to wait, if less than ``TAKE_BACK_SECONDS``
     """
     mark = secrets.token_hex(8)
-    deadline = time.monotonic() + TAKE_BACK_SECONDS
+    deadline = time.monotonic() + min(patience, TAKE_BACK_SECONDS)
     lost = [index for index in indices if not _answers(env.remotes[index], mark, deadline)]
     if lost:
         warnings.warn(

@@ -19,12 +19,13 @@ because a thread of the worker empties its inbox.
 import contextlib
 import itertools
 import math
+import multiprocessing.process
 import pickle
 import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import connection
+from multiprocessing import connection, util
 from multiprocessing.context import ForkServerProcess, SpawnProcess
 from typing import Any
 
@@ -88,6 +89,7 @@ class Supervisor:
         self._warnings: dict[Any, Any] = {}  # those of the workers that were shown already
         self._ended: set[int] = set()  # workers that need not be heard any more: finished, or their failure is known
         self._failures: list[BaseException] = []  # to be raised, each once
+        util.Finalize(self, _let_go, (self._processes,), exitpriority=0)
 
     def start(self) -> None:
         """Start all processes. If one can't be started, none is left."""
@@ -322,6 +324,15 @@ class Supervisor:
         death = WorkerDiedError(f"Worker {index} {how}")
         death.worker = index
         self._failures.append(death)
+
+
+def _let_go(processes: "dict[int, ForkServerProcess | SpawnProcess]") -> None:
+    """
+    When the program ends while a daemon thread trains, multiprocessing would wait for the workers, and they for the thread.
+    They end by themselves once this process has.
+    """
+    for worker in list(processes.values()):
+        multiprocessing.process._children.discard(worker)  # type: ignore[attr-defined]
 
 
 def _with_cause(index: int, raised: Raised) -> BaseException:

@@ -1,0 +1,300 @@
+"""However training ends, by real signals too: what was learned is in the model, and nothing is left behind."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+#: A program that trains round after round, each until something ends it. It prints "ready" once workers run, and what it
+#: found when they had ended. Arguments: the kind of environments, what is to happen, and the number of rounds.
+PROGRAM = """
+import contextlib, copy, gc, json, multiprocessing, os, signal, sys, threading, time
+import gymnasium as gym
+import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from sb3_a3c import A3C
+
+kind, case, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+class Env(gym.Wrapper):
+    n = 0
+
+    def step(self, action):
+        self.n += 1
+        if case == "stuck" and self.n == 200:
+            os.write(1, b"ready\\n")  # at once: others write too
+            time.sleep(60)
+        return super().step(action)
+
+def state(env):
+    gc.collect()
+    alive = set(filter(is_ours, os.listdir("/proc"))) - {str(p.pid) for p in getattr(env, "processes", [])}
+    return {
+        "processes": sorted(alive),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+        "torch's threads": th.get_num_threads(),
+        "redirected": "reset" in vars(env),
+    }
+
+def is_ours(pid):
+    with contextlib.suppress(OSError):
+        return pid.isdigit() and os.getsid(int(pid)) == os.getsid(0)
+
+def equal(one, other):
+    return all(map(th.equal, one.parameters(), other.parameters()))
+
+def train(model):
+    env = make_vec_env("CartPole-v1", 4, wrapper_class=Env, vec_env_cls=dict(dummy=DummyVecEnv, subproc=SubprocVecEnv)[kind])
+    model.set_env(env)
+    if case != "start":
+        model.learn(20)  # starts the fork server, which stays
+    before, n_updates, old, calls, stores = state(env), model._n_updates, copy.deepcopy(model.policy), [], []
+    flag, over, ended = threading.Event(), threading.Event(), "returned"
+
+    def callback(local_variables, _):
+        calls.append(0)
+        stores[:] = [model._collector.store]
+        if len(calls) == 3 and case not in ("start", "stuck"):
+            print("ready", flush=True)
+        if len(calls) == 50 and case == "raise":
+            raise NotADirectoryError
+        return not (len(calls) == 50 and case == "false" or flag.is_set())
+
+    def learn():
+        for _ in range(50 if case == "often" else 1):
+            model.learn(20 if case == "often" else 10**9, callback=callback)
+        over.set()
+
+    try:
+        try:
+            if case == "start":
+                print("ready", flush=True)
+            if "thread" in case:
+                threading.Thread(target=learn, daemon="daemon" in case).start()
+                over.wait()  # Python's own Thread.join() believes after Ctrl-C that the thread had ended
+            else:
+                learn()
+        except BaseException as error:
+            ended = type(error).__name__
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except KeyboardInterrupt:  # the second one, when all is over
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if "daemon" in case:
+        return {"ended": ended}
+    flag.set()
+    "thread" in case and over.wait(60)
+    over_at, shared = time.monotonic(), copy.deepcopy(model.policy)
+    if stores:
+        stores.pop().fetch_policy(shared)
+    time.sleep(0.1 if "thread" in case else 0)  # it is about to end
+    model.save("model")
+    found = {
+        "ended": ended,
+        "over at": over_at,
+        "handler is back": handler is signal.default_int_handler,
+        "counted": model.num_timesteps if case != "often" else 50 * 20,
+        "learned": (model._n_updates - n_updates) * 10,
+        "is finite": all(bool(p.isfinite().all()) for p in model.policy.parameters()),
+        "in model": not equal(old, shared) and equal(shared, model.policy) and equal(shared, A3C.load("model").policy),
+        "before": before,
+        "after": state(env),
+    }
+    with contextlib.suppress(BrokenPipeError, EOFError):  # from SB3, if Ctrl-C has ended the environments' processes too
+        env.close()
+    signal.signal(signal.SIGINT, handler)
+    return found
+
+if __name__ == "__main__":
+    multiprocessing.set_forkserver_preload(["stable_baselines3.common.env_util", "sb3_a3c"])
+    if case == "handler":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+    model = A3C("MlpPolicy", make_vec_env("CartPole-v1", 4), n_workers=2, n_steps=5, envs_per_update=2)
+    for _ in range(rounds):
+        print(json.dumps(train(model)), flush=True)
+"""
+
+
+class Program:
+    """The program, in a session and a process group of its own, as a terminal would start it."""
+
+    def __init__(self, command: list[str], folder: Path) -> None:
+        self._folder = folder
+        with (folder / "stderr").open("w") as stderr:
+            self.process = subprocess.Popen(
+                command, cwd=folder, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
+            )
+        self._servers: set[int] = set()  # fork servers and multiprocessing's resource tracker
+
+    @property
+    def stderr(self) -> str:
+        return (self._folder / "stderr").read_text()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().strip()
+        self._servers |= {pid for pid, parent in self.processes().items() if parent == self.process.pid}
+        return line
+
+    def until_ready(self, then: float = 0.0) -> None:  # and at most so many seconds more
+        assert self._line() == "ready", self.stderr
+        time.sleep(random.uniform(0, then))
+
+    def found(self) -> dict[str, Any]:
+        while (line := self._line()) == "ready":  # each environment that is stuck says it
+            pass
+        assert line, self.stderr
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def processes(self) -> dict[int, int]:
+        """All of the session and their parents; zombies too, but for orphans: they are init's to bury."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                state, parent, _, session = (path / "stat").read_text().rsplit(")", 1)[1].split()[:4]
+                if int(session) == self.process.pid and (state, parent) != ("Z", "1"):
+                    found[int(path.name)] = int(parent)
+        return found
+
+    def check_nothing_is_left(self, segments: set[str]) -> None:
+        deadline = time.monotonic() + 5
+        while left := self.processes().keys() - self._servers:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.02)
+        # fork servers follow then, but Python needs seconds of computing to clean up all that they have imported
+        while names := [*map(str, self.processes()), *(segments & set(os.listdir("/dev/shm")))]:
+            assert time.monotonic() < deadline + 25, names
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def program(folder: Path, kind: str, case: str, rounds: int = 1) -> Iterator[Program]:
+    """Run it. After the block its main process must end, and then all the others."""
+    random.seed(f"{kind} {case}")
+    (folder / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "program.py", kind, case, str(rounds)]
+    segments = set(os.listdir("/dev/shm"))
+    running = Program(command, folder)
+    try:
+        yield running
+        running.process.wait(timeout=20)
+        running.check_nothing_is_left(set(os.listdir("/dev/shm")) - segments)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.process.pid, signal.SIGKILL)
+        running.process.communicate()
+
+
+def check(found: dict[str, Any], ended: str) -> None:
+    assert found["ended"] == ended
+    assert found["in model"] and found["is finite"] and found["handler is back"] and found["counted"] == found["learned"] > 0
+    assert found["after"] == found["before"]
+
+
+ROUNDS = 5
+slow = pytest.mark.slow
+every_kind = pytest.mark.parametrize("kind", [pytest.param("dummy", marks=slow), pytest.param("subproc", marks=slow)])
+
+
+@pytest.mark.parametrize("kind", ["dummy", pytest.param("subproc", marks=slow)])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=slow)])
+def test_ctrl_c_ends_learn_with_all_that_was_learned(times: int, kind: str, tmp_path: Path) -> None:
+    with program(tmp_path, kind, f"Ctrl-C, {times}", ROUNDS) as running:
+        for _ in range(ROUNDS):
+            running.until_ready(then=0.4)
+            for _ in range(times):
+                time.sleep(10 ** random.uniform(-4, -1))
+                os.killpg(running.process.pid, signal.SIGINT)
+            began = time.monotonic()
+            check(found := running.found(), "KeyboardInterrupt")
+            assert found["over at"] - began < 3
+    assert "Traceback" not in running.stderr
+
+
+@every_kind
+@pytest.mark.parametrize(("times", "seconds"), [(1, 6), (2, 3)])
+def test_ctrl_c_while_an_environment_is_stuck(times: int, seconds: float, kind: str, tmp_path: Path) -> None:
+    with program(tmp_path, kind, "stuck") as running:
+        running.until_ready()
+        time.sleep(0.5)  # the others learn all they can
+        for _ in range(times):
+            time.sleep(0.1)
+            os.killpg(running.process.pid, signal.SIGINT)
+        began = time.monotonic()
+        check(found := running.found(), "KeyboardInterrupt")
+        assert found["over at"] - began < seconds
+    assert "Traceback" not in running.stderr
+
+
+@slow
+@pytest.mark.parametrize(("kind", "earliest"), [("dummy", 0), ("dummy", 1), ("subproc", 0.5)])
+def test_ctrl_c_while_the_first_workers_start(kind: str, earliest: float, tmp_path: Path) -> None:
+    with program(tmp_path, kind, "start") as running:
+        running.until_ready(then=1)
+        time.sleep(earliest)
+        os.killpg(running.process.pid, signal.SIGINT)
+        assert (found := running.found())["ended"] == "KeyboardInterrupt"
+        assert found["counted"] == found["learned"]
+    assert "Traceback" not in running.stderr
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=slow), signal.SIGKILL])
+@pytest.mark.parametrize("kind", [pytest.param("dummy", marks=slow), "subproc"])
+def test_workers_end_with_the_main_process(number: signal.Signals, kind: str, tmp_path: Path) -> None:
+    with program(tmp_path, kind, "killed") as running:
+        running.until_ready(then=0.5)
+        os.kill(running.process.pid, number)
+        assert running.process.wait(timeout=5) == -number
+
+
+@every_kind
+@pytest.mark.parametrize("to_all", [False, True])
+def test_a_handler_of_sigterm_that_exits_ends_learn_with_all_that_was_learned(
+    to_all: bool, kind: str, tmp_path: Path
+) -> None:
+    rounds = 1 if to_all else ROUNDS  # fork servers die of it too
+    with program(tmp_path, kind, "handler", rounds) as running:
+        for _ in range(rounds):
+            running.until_ready(then=0.4)
+            (os.killpg if to_all else os.kill)(running.process.pid, signal.SIGTERM)
+            found = running.found()
+            if to_all:  # what workers did not report in time is learned, but not counted
+                found.update(counted=found["learned"], after=found["before"])
+            check(found, "SystemExit")
+    assert "Traceback" not in running.stderr
+
+
+@every_kind
+@pytest.mark.parametrize(
+    ("case", "ended"), [("false", "returned"), ("raise", "NotADirectoryError"), ("often", "returned")], ids=lambda case: case
+)
+def test_a_callback_or_the_goal_ends_learn_and_nothing_is_left(case: str, ended: str, kind: str, tmp_path: Path) -> None:
+    """Of 50 calls of ``learn``, if they are often."""
+    with program(tmp_path, kind, case) as running:
+        running.until_ready()
+        check(running.found(), ended)
+    assert running.stderr == ""
+
+
+@every_kind
+@pytest.mark.parametrize("case", ["thread", "daemon thread"])
+def test_ctrl_c_while_a_thread_trains(case: str, kind: str, tmp_path: Path) -> None:
+    """The main thread hears of it, and lets a callback end the training; or does nothing, and the program can end."""
+    with program(tmp_path, kind, case) as running:
+        running.until_ready(then=0.4)
+        os.kill(running.process.pid, signal.SIGINT)
+        found = running.found()
+        if case == "thread":
+            check(found, "KeyboardInterrupt")
+    assert running.stderr == ""
