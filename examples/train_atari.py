@@ -12,63 +12,100 @@ Timesteps are decisions of the agent, each four frames of the emulator.
 import argparse
 from pathlib import Path
 
-import numpy as np
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, VecTransposeImage
 
 from sb3_a3c import A3C
 from sb3_a3c.atari import make_ale_vec_env
+from sb3_a3c.resume import (
+    carry_over_monitor_files,
+    continue_evaluations,
+    newest_model,
+    save_with_statistics,
+    statistics_path,
+)
 
 
-def full_games(env_id: str, n_envs: int, seed: int, render_mode: str = "rgb_array") -> VecEnv:
-    """Environments for evaluation: rewards are not clipped, and a game ends when all lives are lost."""
+def full_games(env_id: str, n_envs: int, seed: int, render_mode: str = "rgb_array", normalize: bool = False) -> VecEnv:
+    """Environments for evaluation: rewards are the game's own, and a game ends when all lives are lost."""
     kwargs = {"terminal_on_life_loss": False, "clip_reward": False}
     env = make_ale_vec_env(env_id, n_envs, seed, wrapper_kwargs=kwargs, env_kwargs={"render_mode": render_mode})
+    if normalize:  # EvalCallback wants the wrappers of training
+        env = VecNormalize(env, training=False, norm_obs=False, norm_reward=False)
     return VecTransposeImage(env)
 
 
-def newest(folder: Path) -> Path:
-    models = sorted(folder.glob("**/*.zip"), key=lambda path: path.stat().st_mtime)
-    if not models:
-        raise SystemExit(f"There is no model in {folder}: train one first, without --resume, --play or --record.")
-    return models[-1]
+def newest(folder: Path, normalize: bool = False) -> Path:
+    path = newest_model(folder, with_statistics=normalize)
+    if path is None:
+        raise SystemExit(
+            f"There is no model in {folder} that can be loaded: train one first, without --resume, --play or --record."
+        )
+    return path
+
+
+def move_aside(folder: Path) -> None:
+    """A new run has the folder to itself, so that all that --resume finds there is of one run."""
+    number = 1
+    while (older := folder.with_name(f"{folder.name}_{number}")).exists():
+        number += 1
+    folder.rename(older)
+    print(f"Moved the run before to {older}")
+
+
+def find_start(args: argparse.Namespace, folder: Path) -> Path:
+    """The model to go on from. It goes on with --normalize-reward if it began with it, also if that is not said again."""
+    normalized = any(folder.glob("**/*_vecnormalize*.pkl"))
+    start = newest(folder, normalized)
+    if args.normalize_reward and not normalized:
+        raise SystemExit(f"The run in {folder} is one without --normalize-reward: go on without it, or begin a new run.")
+    args.normalize_reward = normalized
+    print(f"Going on from {start}")
+    return start
+
+
+def training_env(args: argparse.Namespace, folder: Path, start: Path | None) -> VecEnv:
+    kwargs = {"clip_reward": not args.normalize_reward}
+    env = make_ale_vec_env(args.env, args.n_envs, args.seed, monitor_dir=str(folder), wrapper_kwargs=kwargs)
+    if not args.normalize_reward:
+        return env
+    if start:
+        return VecNormalize.load(str(statistics_path(start)), env)
+    env = VecNormalize(env, norm_obs=False)
+    env.save(str(folder / "a3c_vecnormalize_0_steps.pkl"))  # tells --resume that models of this run have statistics
+    return env
 
 
 def train(args: argparse.Namespace, folder: Path) -> None:
-    monitor_kwargs = {"override_existing": not args.resume}
-    env = make_ale_vec_env(args.env, args.n_envs, args.seed, monitor_dir=str(folder), monitor_kwargs=monitor_kwargs)
+    start = find_start(args, folder) if args.resume else None
+    if start:
+        carry_over_monitor_files(folder, folder)
+    elif folder.exists():
+        move_aside(folder)
+    env = training_env(args, folder, start)
     settings = {"n_workers": args.n_workers, "verbose": 1, "tensorboard_log": str(folder), "seed": args.seed}
-    model = A3C.load(newest(folder), env, **settings) if args.resume else A3C("CnnLstmPolicy", env, **settings)
+    model = A3C.load(start, env, **settings) if start else A3C("CnnLstmPolicy", env, **settings)
     # callbacks are called once every n_envs timesteps
-    checkpoints = CheckpointCallback(max(args.save_freq // args.n_envs, 1), str(folder / "checkpoints"), "a3c")
+    save_freq = max(args.save_freq // args.n_envs, 1)
+    checkpoints = CheckpointCallback(save_freq, str(folder / "checkpoints"), "a3c", save_vecnormalize=True)
     evaluation = EvalCallback(
-        full_games(args.env, 4, args.seed + 1000),
+        full_games(args.env, 4, args.seed + 1000, normalize=args.normalize_reward),
         n_eval_episodes=4,
         eval_freq=max(args.eval_freq // args.n_envs, 1),
         log_path=str(folder),
         best_model_save_path=str(folder),
         deterministic=False,
     )
-    if args.resume:
+    if start:
         model.set_random_seed(args.seed + model.num_timesteps)  # not the episodes of the beginning again
         continue_evaluations(evaluation, folder / "evaluations.npz")
     remaining = args.timesteps - model.num_timesteps
     try:
-        model.learn(remaining, [checkpoints, evaluation], reset_num_timesteps=not args.resume, progress_bar=True)
+        model.learn(remaining, [checkpoints, evaluation], reset_num_timesteps=start is None, progress_bar=True)
     finally:  # also after Ctrl-C: the model has all that was learned until then
-        model.save(folder / "model.zip")
+        save_with_statistics(model, folder / "model.zip")
         print(f"Saved {folder / 'model.zip'} after {model.num_timesteps} timesteps")
-
-
-def continue_evaluations(callback: EvalCallback, path: Path) -> None:
-    """The best score before --resume stays the one to beat, and the old evaluations stay in the file."""
-    if path.exists():
-        with np.load(path) as old:
-            callback.evaluations_timesteps = old["timesteps"].tolist()
-            callback.evaluations_results = old["results"].tolist()
-            callback.evaluations_length = old["ep_lengths"].tolist()
-        callback.best_mean_reward = max(float(np.mean(returns)) for returns in callback.evaluations_results)
 
 
 def record(model: A3C, env: VecEnv, path: Path) -> None:
@@ -94,7 +131,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-freq", type=int, default=100_000, help="timesteps between two checkpoints")
     parser.add_argument("--eval-freq", type=int, default=250_000, help="timesteps between two evaluations")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest model in logs/<env>/")
+    parser.add_argument(
+        "--normalize-reward", action="store_true", help="learn from scaled rewards (VecNormalize), not from their signs"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole model in logs/<env>/")
     parser.add_argument("--play", action="store_true", help="show games of the newest model in a window")
     parser.add_argument("--record", type=Path, metavar="FILE", help="record a game of the newest model (.gif or .mp4)")
     args = parser.parse_args()

@@ -1,7 +1,5 @@
 """RL Zoo's experiment, where A3C needs it to be different: the file of hyper-parameters, ``-i``, errors, and searches."""
 
-import csv
-import json
 import os
 import re
 import sys
@@ -13,12 +11,12 @@ import optuna
 from rl_zoo3.callbacks import SaveVecNormalizeCallback
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_a3c.a3c import A3C
 from sb3_a3c.policies import LstmActorCriticPolicy
+from sb3_a3c.resume import carry_over_monitor_files
 
 #: The hyper-parameters that ``--algo a3c`` uses by default.
 HYPERPARAMS = Path(__file__).parent / "hyperparams" / "a3c.yml"
@@ -183,26 +181,3 @@ class _Trained:
             self._model.learn(total_timesteps - done, reset_num_timesteps=not self._continued, **kwargs)
         except KeyboardInterrupt:  # RL Zoo too goes on to save the model
             self.interrupted = True
-
-
-def carry_over_monitor_files(source: Path, target: Path, until: float) -> None:
-    """
-    Copy the episodes before a model was saved, so that plots of the continued run show all of it. The copies' names begin
-    with the second in which their run began; next to them, the files of the new run begin anew.
-
-    :param source: folder of the run that left the model
-    :param target: folder of the run that goes on with it
-    :param until: when the model was saved (seconds since 1970): later episodes are no part of it
-    """
-    for path in sorted(source.glob(f"*.{Monitor.EXT}")):
-        with path.open(newline="") as file:
-            lines = [line for line in file if line.endswith("\n")]  # of a killed run, the last one may be cut off
-        if len(lines) < 2:
-            continue
-        header, columns, *rows = lines
-        t_start = json.loads(header[1:])["t_start"]
-        ends = [t_start + float(row[2]) for row in csv.reader(rows)]
-        kept = [row for row, end in zip(rows, ends, strict=True) if end <= until]
-        is_copy = re.fullmatch(rf"\d+\.{Monitor.EXT}", path.name) is None
-        copy = target / (path.name if is_copy else f"{t_start:.0f}.{path.name}")
-        copy.write_text("".join([header, columns, *kept]), newline="")

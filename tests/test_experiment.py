@@ -1,7 +1,6 @@
 """RL Zoo's experiment with A3C: its file, runs that go on where others ended, trials that may fail."""
 
 import argparse
-import json
 import pickle
 import re
 import sys
@@ -25,7 +24,7 @@ from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_a3c import A3C, MlpLstmPolicy, MlpPolicy, worker
-from sb3_a3c.experiment import HYPERPARAMS, A3CExperiment, carry_over_monitor_files
+from sb3_a3c.experiment import HYPERPARAMS, A3CExperiment
 from sb3_a3c.search_space import convert_a3c_params, sample_a3c_params
 
 N_ENVS, N_STEPS = 2, 8
@@ -43,126 +42,8 @@ SETTINGS = [
 ]
 
 
-def write_monitor(path: Path, t_start: float, rows: list[str], columns: str = "r,l,t") -> None:
-    """As SB3 does: the header ends as the system's lines, all the others as those of CSV."""
-    header = f"#{json.dumps({'t_start': t_start, 'env_id': 'CartPole-v1'})}\n"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(header + "".join(f"{row}\r\n" for row in [columns, *rows]), newline="")
-
-
-def rows_of(path: Path) -> list[str]:
-    header, _columns, *rows = path.read_bytes().decode().split("\n")
-    assert header.startswith("#")
-    assert rows.pop() == ""  # the last one ends too
-    assert all(row.endswith("\r") for row in rows)
-    return [row.removesuffix("\r") for row in rows]
-
-
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """Episodes of two environments. They end at 101 and 105 s, and at 103 and 106 s."""
-    folder = tmp_path / "CartPole-v1_1"
-    write_monitor(folder / "0.monitor.csv", 100.0, ["10.0,10,1.0", "10.0,10,5.0"])
-    write_monitor(folder / "1.monitor.csv", 102.0, ["20.0,20,1.0", "5.0,5,4.0"])
-    return folder
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    folder = tmp_path / "CartPole-v1_2"
-    folder.mkdir()
-    return folder
-
-
-LATE = 1e9
-
-
-@pytest.mark.parametrize(
-    ("until", "n_kept"),
-    [(LATE, (2, 2)), (106.0, (2, 2)), (105.9, (2, 1)), (104.9, (1, 1)), (102.9, (1, 0)), (100.5, (0, 0))],
-)
-def test_episodes_are_cut_where_the_model_was_saved(
-    until: float, n_kept: tuple[int, int], source: Path, target: Path
-) -> None:
-    carry_over_monitor_files(source, target, until)
-    for i, (t_start, n) in enumerate(zip((100, 102), n_kept, strict=True)):
-        assert rows_of(target / f"{t_start}.{i}.monitor.csv") == rows_of(source / f"{i}.monitor.csv")[:n]
-
-
-def test_copies_are_to_the_letter(source: Path, target: Path) -> None:
-    carry_over_monitor_files(source, target, LATE)
-    assert names(target) == ["100.0.monitor.csv", "102.1.monitor.csv"]
-    for i, name in enumerate(names(target)):
-        assert (target / name).read_bytes() == (source / f"{i}.monitor.csv").read_bytes()
-    assert names(source) == ["0.monitor.csv", "1.monitor.csv"]
-
-
-def test_sb3_reads_copies_and_new_files_together(source: Path, target: Path) -> None:
-    carry_over_monitor_files(source, target, 105.0)
-    write_monitor(target / "0.monitor.csv", 200.0, ["7.0,7,2.0"])
-    write_monitor(target / "1.monitor.csv", 200.0, ["8.0,8,1.0"])
-    results = load_results(str(target))
-    assert results["l"].tolist() == [10, 20, 10, 8, 7]
-    assert results["t"].tolist() == [1.0, 3.0, 5.0, 101.0, 102.0]  # since the very beginning
-
-
-def test_copies_of_copies_keep_their_name(source: Path, target: Path, tmp_path: Path) -> None:
-    carry_over_monitor_files(source, target, LATE)
-    write_monitor(target / "0.monitor.csv", 200.0, ["7.0,7,2.0"])
-    third = tmp_path / "CartPole-v1_3"
-    third.mkdir()
-    carry_over_monitor_files(target, third, LATE)
-    assert names(third) == ["100.0.monitor.csv", "102.1.monitor.csv", "200.0.monitor.csv"]
-    assert load_results(str(third))["l"].tolist() == [10, 20, 10, 5, 7]
-
-
-LAST = "12.5,13,6.789"
-
-
-@pytest.mark.parametrize("n_bytes", range(len(LAST) + 1))
-def test_a_half_written_row_is_left_out(n_bytes: int, source: Path, target: Path) -> None:
-    """Without the line's end nobody knows whether "6.7" is all of the number."""
-    with (source / "0.monitor.csv").open("a", newline="") as file:
-        file.write(LAST[:n_bytes])
-    carry_over_monitor_files(source, target, LATE)
-    assert rows_of(target / "100.0.monitor.csv") == ["10.0,10,1.0", "10.0,10,5.0"]
-    assert load_results(str(target))["l"].tolist() == [10, 20, 10, 5]
-
-
-def test_extra_columns(target: Path, tmp_path: Path) -> None:
-    source = tmp_path / "Reach_1"
-    rows = ["1.0,10,1.0,True,a", '2.0,10,2.0,False,"b, c"']
-    write_monitor(source / "0.monitor.csv", 100.0, rows, columns="r,l,t,is_success,name")
-    carry_over_monitor_files(source, target, LATE)
-    assert rows_of(target / "100.0.monitor.csv") == rows
-    assert load_results(str(target))["is_success"].tolist() == [True, False]
-
-
-def test_no_monitor_files(target: Path, tmp_path: Path) -> None:
-    source = tmp_path / "empty"
-    source.mkdir()
-    (source / "CartPole-v1.zip").touch()
-    carry_over_monitor_files(source, target, LATE)
-    assert names(target) == []
-
-
-@pytest.mark.parametrize("text", ["", "#{}", '#{"t_start": 100.0}\n', '#{"t_start": 100.0}\nr,l'])
-def test_files_without_a_table_are_left_out(text: str, source: Path, target: Path) -> None:
-    (source / "0.monitor.csv").write_text(text)
-    carry_over_monitor_files(source, target, LATE)
-    assert names(target) == ["102.1.monitor.csv"]
-
-
-def test_no_episode_has_ended(target: Path, tmp_path: Path) -> None:
-    source = tmp_path / "CartPole-v1_1"
-    write_monitor(source / "0.monitor.csv", 100.0, [])
-    carry_over_monitor_files(source, target, LATE)
-    assert rows_of(target / "100.0.monitor.csv") == []
-    assert len(load_results(str(target))) == 0
 
 
 def experiment(folder: Path, **kwargs: Any) -> A3CExperiment:
