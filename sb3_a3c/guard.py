@@ -3,7 +3,7 @@ What is not a finite number goes no further: the updates that it would spoil are
 
 Which fault stops where, for each chunk of a rollout::
 
-    observation ── finite_obs ───────► the policy acts on a zero instead, the chunk is not learned from
+    observation ── zero_faulty ──────► the policy acts on a zero instead, the chunk is not learned from
     reward ─────── fault_of_rollout ─► the chunk is not learned from
     gradient ───── fault_of_gradient ► not pushed
     parameter ──── Replica.push ─────► undone
@@ -85,7 +85,7 @@ def all_finite(tensors: Iterable[th.Tensor]) -> bool:
     :return: whether all numbers are finite
     """
     # a finite sum has finite terms, and is found far sooner; only absurd terms have none
-    return all(tensor.detach().sum().isfinite() or tensor.isfinite().all() for tensor in tensors)
+    return all(math.isfinite(tensor.detach().sum().item()) or bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def check_finite(policy: ActorCriticPolicy) -> None:
@@ -101,27 +101,25 @@ def check_finite(policy: ActorCriticPolicy) -> None:
             )
 
 
-def finite_obs(obs: Any) -> tuple[Obs, npt.NDArray[np.bool_]]:
+def zero_faulty(obs: Obs) -> npt.NDArray[np.bool_]:
     """
-    :param obs: (n_envs, …), what environments returned; wrappers may overwrite it at their next step
-    :return: a copy with zeros where a number is not finite in single precision, and (n_envs,) where there were such
+    Put zeros where a number is not finite in single precision.
+
+    :param obs: (n_envs, …), which are changed
+    :return: (n_envs,), in which there were such
     """
     if isinstance(obs, dict):
-        copies, faulty = {}, np.zeros(1, dtype=bool)
-        for key, value in obs.items():
-            copies[key], at = _finite_array(value)
-            faulty = faulty | at  # (1,) or (n_envs,) -> (n_envs,)
-        return copies, faulty
-    return _finite_array(obs)
+        # parts of (n_envs,) -> (n_parts, n_envs) -> (n_envs,)
+        return np.array([_zero_faulty(part) for part in obs.values()]).any(axis=0)
+    return _zero_faulty(obs)
 
 
-def _finite_array(obs: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-    copy = np.array(obs)
-    faulty = np.zeros(len(copy), dtype=bool)
-    if copy.dtype.kind == "f" and not (is_finite := np.abs(copy) <= _LARGEST).all():
-        copy[~is_finite] = 0.0
-        faulty = ~is_finite.reshape(len(copy), -1).all(axis=1)  # (n_envs, …) -> (n_envs,)
-    return copy, faulty
+def _zero_faulty(obs: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    if obs.dtype.kind == "f" and not (is_finite := np.abs(obs) <= _LARGEST).all():
+        obs[~is_finite] = 0.0
+        faulty: npt.NDArray[np.bool_] = ~is_finite.reshape(len(obs), -1).all(axis=1)  # (n_envs, …) -> (n_envs,)
+        return faulty
+    return np.zeros(len(obs), dtype=bool)
 
 
 def fault_of_rollout(
@@ -138,13 +136,13 @@ def fault_of_rollout(
     return None if np.isfinite(rewards).all() else Fault.REWARD
 
 
-def fault_of_gradient(loss: float, norm: th.Tensor) -> Fault | None:
+def fault_of_gradient(loss: float, norm: float) -> Fault | None:
     """
     :param loss: whose gradient it is
     :param norm: of the whole gradient
     :return: why it can't be pushed; None if it can
     """
-    return None if math.isfinite(loss) and norm.isfinite() else Fault.GRADIENT
+    return None if math.isfinite(loss) and math.isfinite(norm) else Fault.GRADIENT
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from stable_baselines3.common.utils import obs_as_tensor, set_random_seed, updat
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.actions import to_env_actions
-from sb3_a3c.guard import Fault, Guard, fault_of_gradient, fault_of_rollout, finite_obs, outputs_explained
+from sb3_a3c.guard import Fault, Guard, fault_of_gradient, fault_of_rollout, outputs_explained, zero_faulty
 from sb3_a3c.loss import LossTerms, a3c_loss, advantages_and_returns, bootstrap_time_limits
 from sb3_a3c.lstm import LstmState
 from sb3_a3c.recurrent import as_recurrent
@@ -74,7 +74,8 @@ class ActorLearner:
         self.counters = store.counters
         self.env = env
         self.n_envs = env.num_envs
-        self.obs, self._faulty_obs = finite_obs(env.reset())
+        self.obs: Obs = _copied(env.reset())
+        self._faulty_obs = zero_faulty(self.obs)
         self.state = self.actor.initial_state(self.n_envs)
         self.episode_starts = th.ones(self.n_envs, dtype=th.bool)
         self._tape: RolloutTape | None = None
@@ -166,7 +167,8 @@ class ActorLearner:
             new_obs, rewards[t], dones[t], info = self.env.step(env_actions)
             self._watch.spent("stepping")
             infos.append(info)
-            self.obs, self._faulty_obs = finite_obs(new_obs)
+            self.obs = _copied(new_obs)
+            self._faulty_obs = zero_faulty(self.obs)
             faulty_obs = faulty_obs | self._faulty_obs
             self.episode_starts = th.from_numpy(dones[t].copy())
             for i in np.flatnonzero(dones[t]):
@@ -286,7 +288,7 @@ class ActorLearner:
     def _push(self, terms: LossTerms) -> Fault | None:
         """Algorithm S3: "Perform asynchronous update of θ using dθ and of θ_v using dθ_v"; or the reason why not."""
         norm = th.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
-        if (fault := fault_of_gradient(terms.loss.item(), norm)) is not None:
+        if (fault := fault_of_gradient(terms.loss.item(), norm.item())) is not None:
             return fault
         if norm > self.settings.max_grad_norm:
             th.nn.utils.clip_grads_with_norm_(self.policy.parameters(), self.settings.max_grad_norm, norm)
@@ -327,6 +329,13 @@ def _moments(x: npt.NDArray[np.floating]) -> tuple[float, float]:
 
 def _as_tensor(obs: Obs) -> Any:
     return obs_as_tensor(obs, th.device("cpu"))
+
+
+def _copied(obs: Any) -> Obs:
+    """Wrappers may hand out a buffer that the next step overwrites."""
+    if isinstance(obs, dict):
+        return {key: np.array(value) for key, value in obs.items()}
+    return np.array(obs)
 
 
 def _stacked(rows: list[Any]) -> Obs:

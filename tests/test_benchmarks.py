@@ -35,6 +35,7 @@ def test_scaling() -> None:
     assert float(last_line("scaling.py", "--only", "1", "--seconds", "0.4")) > 0
 
 
+@pytest.mark.slow
 def test_pong_settings() -> None:
     line = last_line("pong_settings.py", "--n-envs", "4", "--seconds", "0.4")
     assert line.startswith("n_envs=4: ")

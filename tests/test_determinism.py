@@ -42,7 +42,7 @@ def learned(env_id: str, **kwargs: Any) -> th.Tensor:
     return parameters_of(make_model(env_id, **kwargs).learn(2000))
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "PongNoFrameskip-v4"])
+@pytest.mark.parametrize("env_id", ["CartPole-v1", pytest.param("PongNoFrameskip-v4", marks=pytest.mark.slow)])
 def test_in_this_process_twice_and_in_one_worker(env_id: str) -> None:
     in_process = learned(env_id, n_workers=0)
     assert not th.equal(in_process, parameters_of(make_model(env_id)))

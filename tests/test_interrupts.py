@@ -86,6 +86,7 @@ assert all(counted == learned for counted, learned in counts), counts
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_what_was_learned_is_counted_whenever_ctrl_c_comes(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)

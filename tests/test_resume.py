@@ -459,6 +459,7 @@ def check_monitor_files(folder: Path, before: set[tuple[float, ...]]) -> None:
     assert len(list(folder.glob("[0-9].monitor.csv"))) == 4
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_with(tmp_path: Path) -> None:
     """The newest checkpoint's statistics, a line of a monitor file and the evaluations are cut off as well."""
     folder = tmp_path / "logs" / GAME

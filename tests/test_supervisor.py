@@ -4,7 +4,6 @@ import gc
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -265,6 +264,7 @@ def test_receive_returns_after_its_timeout(running: list[Supervisor]) -> None:
     assert 0.09 < time.monotonic() - began < 1
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_50_starts(running: list[Supervisor]) -> None:
     def descriptors() -> int:
         gc.collect()
@@ -280,34 +280,6 @@ def test_nothing_is_left_of_50_starts(running: list[Supervisor]) -> None:
     del supervisor
     assert descriptors() == before
     assert not [child for child in multiprocessing.active_children() if child.name.startswith("a3c-worker")]
-
-
-def test_workers_end_when_the_main_process_is_killed(tmp_path: Any) -> None:
-    script = tmp_path / "main.py"
-    script.write_text(
-        "import time\n"
-        "from sb3_a3c.supervisor import Supervisor\n"
-        "def sleep(channel):\n"
-        "    import time\n"
-        "    channel.send(None)\n"
-        "    time.sleep(3600)\n"
-        "s = Supervisor(sleep, [(), ()])\n"
-        "s.start()\n"
-        "n = 0\n"
-        "while n < 2:\n"
-        "    n += len(s.receive())\n"
-        "print(*s.pids, flush=True)\n"
-        "time.sleep(3600)\n"
-    )
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as main:
-        assert main.stdout is not None
-        pids = [int(pid) for pid in main.stdout.readline().split()]
-        main.kill()
-    assert len(pids) == 2
-    deadline = time.monotonic() + 5
-    while any(is_alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, "a worker outlived its main process"
-        time.sleep(0.05)
 
 
 def receive_until_a_death(supervisor: Supervisor) -> tuple[list[tuple[int, Any]], WorkerDiedError]:

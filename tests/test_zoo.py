@@ -188,6 +188,7 @@ def test_record_video(trained: Zoo, outputs: dict[str, str]) -> None:
     assert frames(video) == 31
 
 
+@pytest.mark.slow
 def test_record_training(trained: Zoo, fresh: Zoo) -> None:
     """Fewer models than there are, as each has a process of its own: the final one and a checkpoint."""
     ignored = shutil.ignore_patterns("best_model.zip", "rl_model_1200_steps.zip", "*.monitor.csv")
@@ -381,6 +382,7 @@ CartPole-v1:
 """
 
 
+@pytest.mark.slow
 def test_wrappers_and_callbacks_of_a_file(fresh: Zoo) -> None:
     (fresh.folder / "mine.yml").write_text(EVERYTHING)
     output = fresh.run("train", *CARTPOLE, "--conf-file", "mine.yml", "--vec-env", "subproc", "--eval-freq", "-1")

@@ -4,8 +4,8 @@ What it costs to look for hung workers and for numbers that are not finite, on P
     python examples/benchmarks/guard.py [--rollouts 100] [--n-envs 8]
 
 One actor-learner makes rollouts in this process, with the heartbeat of a worker process. The CPU time of every call that
-serves the guard or the heartbeat is added up, and compared with the time of the rollout. The copy of each observation is in
-it, though a worker would need it anyway; the gradient's norm is not: clipping needs it.
+serves the guard or the heartbeat is added up, and compared with the time of the rollout. The gradient's norm is not in it:
+clipping needs that anyway.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from sb3_a3c.task import WorkerTask
 from sb3_a3c.worker import ActorLearner
 
 WATCHED = [
-    (worker, "finite_obs"),
+    (worker, "zero_faulty"),
     (worker, "fault_of_rollout"),
     (worker, "fault_of_gradient"),
     (shared, "all_finite"),
