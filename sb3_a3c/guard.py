@@ -109,16 +109,15 @@ def zero_faulty(obs: Obs) -> npt.NDArray[np.bool_]:
     :return: (n_envs,), in which there were such
     """
     if isinstance(obs, dict):
-        # parts of (n_envs,) -> (n_parts, n_envs) -> (n_envs,)
-        return np.array([_zero_faulty(part) for part in obs.values()]).any(axis=0)
+        faulty: npt.NDArray[np.bool_] = np.logical_or.reduce([_zero_faulty(part) for part in obs.values()])
+        return faulty
     return _zero_faulty(obs)
 
 
 def _zero_faulty(obs: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     if obs.dtype.kind == "f" and not (is_finite := np.abs(obs) <= _LARGEST).all():
         obs[~is_finite] = 0.0
-        faulty: npt.NDArray[np.bool_] = ~is_finite.reshape(len(obs), -1).all(axis=1)  # (n_envs, …) -> (n_envs,)
-        return faulty
+        return np.asarray(~is_finite.reshape(len(obs), -1).all(axis=1))  # (n_envs, …) -> (n_envs,)
     return np.zeros(len(obs), dtype=bool)
 
 
