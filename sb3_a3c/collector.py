@@ -69,11 +69,11 @@ class _Workers(Protocol):
 
     def wait(self, timeout: float | None = None) -> None: ...
 
-    def receive(self, timeout: float | None = None) -> list[tuple[int, Any]]: ...
+    def take(self) -> list[tuple[int, Any]]: ...
 
     def send(self, index: int, message: Any) -> None: ...
 
-    def ask(self, requests: Mapping[int, Any]) -> dict[int, Any]: ...
+    def ask(self, requests: Mapping[int, Any], on_death: Callable[[WorkerDiedError], None]) -> dict[int, Any]: ...
 
     def request_stop(self) -> None: ...
 
@@ -304,18 +304,22 @@ class HogwildCollector:
         try:
             self._workers.wait(timeout)
         except WorkerDiedError as death:
+            self._replace(death)
+        else:
             with uninterrupted():
-                self._replace(death)
-            return
-        with uninterrupted():
-            for worker, message in self._workers.receive(timeout=0):
-                self._take_in(worker, message)
+                self._take_in_all()
 
+    def _take_in_all(self) -> None:
+        for worker, message in self._workers.take():
+            self._take_in(worker, message)
+
+    @uninterrupted()
     def _replace(self, death: WorkerDiedError) -> None:
         """
         Start a process in the place of a dead one: with the shared parameters, with new episodes, and with seeds of its own.
         The rollout that the dead one was in the middle of is lost, and not counted.
         """
+        self._take_in_all()  # what it said last
         worker = death.worker
         if self.n_restarts == self._max_restarts > 0:
             death.add_note(f"{self.n_restarts} workers were replaced before: max_worker_restarts is used up.")
@@ -376,18 +380,18 @@ class HogwildCollector:
     ) -> list[Any]:
         """``redirect.Call``"""
         if indices is None:
-            answers = self._workers.ask({w: EnvCall(method, None, args, kwargs) for w in range(len(self._env_indices))})
+            calls = {w: EnvCall(method, None, args, kwargs) for w in range(len(self._env_indices))}
+            answers = self._workers.ask(calls, self._replace)
             return [value for answer in answers.values() for value in (answer if isinstance(answer, list) else [answer])]
         indices = list(indices)
         n_envs = len(self._worker_of)
         wanted = [range(n_envs)[index] for index in indices]  # also negative ones; IndexError where there is none
         theirs = {self._worker_of[i]: [j for j in wanted if self._worker_of[j] == self._worker_of[i]] for i in wanted}
-        answers = self._workers.ask(
-            {
-                worker: EnvCall(method, [index - self._env_indices[worker][0] for index in mine], args, kwargs)
-                for worker, mine in theirs.items()
-            }
-        )
+        calls = {
+            worker: EnvCall(method, [index - self._env_indices[worker][0] for index in mine], args, kwargs)
+            for worker, mine in theirs.items()
+        }
+        answers = self._workers.ask(calls, self._replace)
         values = {worker: iter(answer) for worker, answer in answers.items() if answer is not None}
         return [next(values[self._worker_of[index]]) for index in wanted if self._worker_of[index] in values]
 

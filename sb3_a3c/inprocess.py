@@ -49,7 +49,7 @@ class InProcessWorker:
         else:
             self._received.append((0, Progress(report, [])))
 
-    def receive(self, timeout: float | None = None) -> list[tuple[int, Any]]:
+    def take(self) -> list[tuple[int, Any]]:
         """Take what :meth:`wait` has made."""
         received, self._received = self._received, []
         return received
@@ -59,7 +59,7 @@ class InProcessWorker:
         if isinstance(message, Change):
             self._learner.settings = message.settings  # the VecNormalize is the user's own
 
-    def ask(self, requests: Mapping[int, Any]) -> dict[int, Any]:
+    def ask(self, requests: Mapping[int, Any], on_death: Any = None) -> dict[int, Any]:
         """Never called: the user's environments are the worker's."""
         raise NotImplementedError
 

@@ -170,10 +170,16 @@ class Supervisor:
         :meth:`wait`, and take what has come.
 
         :param timeout: seconds to wait at most
-        :return: (index of the worker, message), those of one worker in order; empty after the timeout or at the end
+        :return: as :meth:`take`; empty after the timeout or at the end
         :raises BaseException: as :meth:`wait`
         """
         self.wait(timeout)
+        return self.take()
+
+    def take(self) -> list[tuple[int, Any]]:
+        """
+        :return: what has come, without waiting: (index of the worker, message), those of one worker in order
+        """
         received, self._received = self._received, []
         return received
 
@@ -187,14 +193,16 @@ class Supervisor:
         with contextlib.suppress(OSError, KeyError):  # the latter if it could not be replaced
             self._inboxes[index].send_bytes(dumps(message))
 
-    def ask(self, requests: Mapping[int, Any]) -> dict[int, Any]:
+    def ask(self, requests: Mapping[int, Any], on_death: Callable[[WorkerDiedError], None] | None = None) -> dict[int, Any]:
         """
         Put a message into the inbox of some workers and wait for their answers. Messages that come meanwhile are kept for
         :meth:`receive`.
 
         :param requests: for each worker asked its message
+        :param on_death: replaces a worker that has died, or raises; a new one that is asked gets the message again
         :return: for each its answer
-        :raises WorkerDiedError: if a worker ended without having finished; :meth:`receive` will say so too
+        :raises WorkerDiedError: without ``on_death``, if a worker ended without having finished; :meth:`receive` will say
+            so too
         :raises RuntimeError: if a worker that was asked has finished
         :raises BaseException: what a worker raised; :meth:`receive` will say so too. Or instead of an answer
         """
@@ -204,7 +212,14 @@ class Supervisor:
             self.send(index, Request(number, dumps(content)))
         while waiting := {i for i in requests if i not in self._answers or self._answers[i].number != number}:
             if self._failures:
-                raise self._failures[0]
+                death = self._failures[0]
+                if on_death is None or not isinstance(death, WorkerDiedError):
+                    raise death
+                on_death(death)
+                self._failures.remove(death)
+                if death.worker in waiting:
+                    self.send(death.worker, Request(number, dumps(requests[death.worker])))
+                continue
             if waiting & self._ended:
                 raise RuntimeError(f"Worker {min(waiting & self._ended)} has finished and can't answer any more")
             self._listen(None)

@@ -8,7 +8,7 @@ import random
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -45,6 +45,17 @@ class Counting(gym.Env[Any, Any]):
 
     def _obs(self) -> Any:
         return np.array([self.n], dtype=np.float32)
+
+
+class Called(Counting):
+    """Counts how often it was called."""
+
+    def __init__(self) -> None:
+        self.n_calls = 0
+
+    def called(self) -> int:
+        self.n_calls += 1
+        return self.n_calls
 
 
 class Fatal(Counting):
@@ -185,6 +196,28 @@ def test_a_worker_that_dies_again_and_again_ends_learn(tmp_path: Path) -> None:
         model.learn(100)
     assert raised.value.__notes__ == ["2 workers were replaced before: max_worker_restarts is used up."]
     assert model.num_timesteps == 0
+
+
+@REPLACED
+def test_a_call_to_the_environments_that_meets_a_death_is_answered() -> None:
+    """By the new worker; the others are called once."""
+
+    class Calls(Seen):
+        calls: ClassVar[list[list[int]]] = []
+
+        def _on_step(self) -> bool:
+            go_on = super()._on_step()
+            if self.n_calls in self.kill_at:
+                self.calls.append(self.training_env.env_method("called"))
+            return go_on
+
+    seen = Calls(kill_at={50, 100, 150})
+    model = A3C("MlpPolicy", DummyVecEnv([Called] * 4), n_steps=N_STEPS, n_workers=2)
+    model.learn(2000, callback=seen)
+    # worker 0, 1, 0 died: each time its two environments are new, and have not been called yet
+    assert seen.calls == [[1, 1, 1, 1], [2, 2, 1, 1], [1, 1, 2, 2]]
+    assert seen.n_restarts == 3
+    assert 2000 <= model.num_timesteps <= 2000 + 2 * N_STEPS * 2
 
 
 @REPLACED
