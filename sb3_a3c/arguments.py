@@ -183,13 +183,13 @@ def check_spaces(observation_space: Any, action_space: Any, policy_class: type[A
 
 def check_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """
-    :param values: by the names of A3C's arguments, also with an underscore before them; others are not looked at
+    :param values: by the names of A3C's arguments, or of its attributes; others are not looked at
     :return: those of A3C's arguments, with Python's numbers for numpy's (whose small integers overflow)
     :raises ValueError: for what can't be, whatever the environments
     """
     checked = {}
     for key, value in values.items():
-        name = key.removeprefix("_")
+        name = "stats_window_size" if key == "_stats_window_size" else key  # so SB3 calls its attribute
         if name in _RULES:
             _check(name, value)
             checked[key] = _plain(value)

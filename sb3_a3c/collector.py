@@ -77,7 +77,7 @@ class _Workers(Protocol):
 
     def request_stop(self) -> None: ...
 
-    def stop(self) -> None: ...
+    def stop(self, impatience: Sequence[Any]) -> None: ...
 
 
 class HogwildCollector:
@@ -264,7 +264,7 @@ class HogwildCollector:
             self._receive_the_last(lambda: self._workers.finished, impatience)
         finally:
             try:
-                self._workers.stop()
+                self._workers.stop(impatience)
             finally:
                 self._take_environments_back(impatience)
 
@@ -291,8 +291,13 @@ class HogwildCollector:
     def _take_environments_back(self, impatience: Sequence[Any] = ()) -> None:
         continue_from(self._env, list(self._wrapper_counts.values()))
         base = self._env.unwrapped
+        if not isinstance(base, SubprocVecEnv):
+            return
         died = [index for index, worker in self._worker_of.items() if worker not in self._wrapper_counts]
-        if isinstance(self._workers, Supervisor) and isinstance(base, SubprocVecEnv) and died:
+        if isinstance(self._workers, InProcessWorker) and not base.waiting:  # else Ctrl-C has interrupted a step
+            died = []
+        base.waiting = False
+        if died:
             take_back(base, died, NO_PATIENCE if impatience else math.inf)
 
     @property

@@ -3,10 +3,11 @@ What is not a finite number goes no further: the updates that it would spoil are
 
 Which fault stops where, for each chunk of a rollout::
 
-    observation ── zero_faulty ──────► the policy acts on a zero instead, the chunk is not learned from
+    observation ── zero_faulty ──────► the policy acts on a zero instead, the chunk is not learned from (before VecNormalize
+                                       there is ``normalization.Sieve``)
     reward ─────── fault_of_rollout ─► the chunk is not learned from
     gradient ───── fault_of_gradient ► not pushed
-    parameter ──── Replica.push ─────► undone
+    parameter ──── Replica.push ─────► undone where it is not finite
 """
 
 import contextlib
@@ -29,24 +30,29 @@ MAX_SKIPPED_UPDATES = 100
 _LARGEST = np.finfo(np.float32).max  # policies turn observations into single precision
 
 
+_UNTOUCHED = "The parameters are those from before, and finite."
+_CALMER = "Lower `learning_rate` or `max_grad_norm`, or let VecNormalize scale observations and rewards."
+
+
 class Fault(enum.Enum):
     """What was not finite, and what to do about it."""
 
     OBSERVATION = (
         "an observation was NaN or infinite",
-        "Mend the environment; VecCheckNan(env, raise_exception=True) shows where it comes from.",
+        f"{_UNTOUCHED} Mend the environment; VecCheckNan(env, raise_exception=True) shows where it comes from.",
     )
     REWARD = (
         "a reward was NaN or infinite",
-        "Mend the environment; VecCheckNan(env, raise_exception=True) shows where it comes from.",
+        f"{_UNTOUCHED} Mend the environment; VecCheckNan(env, raise_exception=True) shows where it comes from.",
     )
     GRADIENT = (
         "the loss or its gradient was NaN or infinite",
-        "Lower `learning_rate` or `max_grad_norm`, or let VecNormalize scale observations and rewards.",
+        f"{_UNTOUCHED} {_CALMER}",
     )
     PARAMETER = (
-        "the optimizer's step would have made parameters NaN or infinite",
-        "Lower `learning_rate`, and see that the optimizer's `eps` is not 0.",
+        "parameters, or buffers of the network, would have become NaN or infinite",
+        "Those have kept finite values; others may have moved. Lower `learning_rate`, and see that the optimizer's `eps` is "
+        "not 0.",
     )
 
     def __init__(self, what: str, advice: str) -> None:
@@ -74,8 +80,7 @@ class Guard:
         self._n_dropped += 1
         if self._n_dropped >= MAX_SKIPPED_UPDATES:
             raise DivergenceError(
-                f"{MAX_SKIPPED_UPDATES} updates in a row were dropped, the last because {fault.what}. None of them has "
-                f"reached the parameters, which are finite. {fault.advice}"
+                f"{MAX_SKIPPED_UPDATES} updates in a row were dropped, the last because {fault.what}. {fault.advice}"
             )
 
 
@@ -101,7 +106,17 @@ def check_finite(policy: ActorCriticPolicy) -> None:
             )
 
 
-def zero_faulty(obs: Obs) -> npt.NDArray[np.bool_]:
+def batch_of_one(obs: Any) -> Obs:
+    """
+    :param obs: a single observation
+    :return: (1, …), of the same memory
+    """
+    if isinstance(obs, dict):
+        return {key: np.asarray(part)[None] for key, part in obs.items()}
+    return np.asarray(obs)[None]
+
+
+def zero_faulty(obs: Any) -> npt.NDArray[np.bool_]:
     """
     Put zeros where a number is not finite in single precision.
 
@@ -157,5 +172,5 @@ def outputs_explained() -> Iterator[None]:
             raise
         raise DivergenceError(
             "The policy's outputs were NaN or infinite, though its parameters and the observations are finite: they have "
-            f"become too large. {Fault.GRADIENT.advice}"
+            f"become too large. {_CALMER}"
         ) from error

@@ -30,8 +30,8 @@ class InProcessWorker:
         self.finished = False
         self._received: list[tuple[int, Any]] = []
         self._random_state = _random_state()
-        with self._as_worker():
-            self._learner = ActorLearner(task, env, store, lambda: self._stop)
+        self._arguments = task, env, store
+        self._learner: ActorLearner | None = None  # made where Ctrl-C may interrupt the environments' first reset
 
     @property
     def ended(self) -> set[int]:
@@ -43,6 +43,7 @@ class InProcessWorker:
         if self._received or self.finished:
             return
         with self._as_worker():
+            self._learner = self._learner or ActorLearner(*self._arguments, lambda: self._stop)
             report = self._learner.rollout()
         if report is None:
             self.finished = True
@@ -56,7 +57,7 @@ class InProcessWorker:
 
     def send(self, index: int, message: Any) -> None:
         """As :meth:`Supervisor.send`."""
-        if isinstance(message, Change):
+        if isinstance(message, Change) and self._learner is not None:
             self._learner.settings = message.settings  # the VecNormalize is the user's own
 
     def ask(self, requests: Mapping[int, Any], on_death: Any = None) -> dict[int, Any]:
@@ -67,9 +68,11 @@ class InProcessWorker:
         """As :meth:`Supervisor.request_stop`."""
         self._stop = True
 
-    def stop(self) -> None:
+    def stop(self, impatience: Any = ()) -> None:
         """As :meth:`Supervisor.stop`."""
         self._stop = self.finished = True
+        if self._learner is not None:
+            self._learner.close()
 
     @contextlib.contextmanager
     def _as_worker(self) -> Iterator[None]:

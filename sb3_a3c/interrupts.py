@@ -13,10 +13,10 @@ def uninterrupted() -> Iterator[list[Any]]:
     A SIGINT that arrives inside this block is handled at its end, and so is a SIGTERM for which the user has a handler. (In
     other threads Python handles none anyway.)
 
-    :return: what has arrived so far
+    :return: grows with each SIGINT that arrives
     """
     arrived: list[Any] = []
-    with _Deferred(signal.SIGINT, arrived), _Deferred(signal.SIGTERM, arrived):
+    with _Deferred(signal.SIGINT, arrived), _Deferred(signal.SIGTERM, []):
         yield arrived
 
 

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecCheckNan, VecEnv, VecNormalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_a3c.envs import wrappers
+from sb3_a3c.guard import batch_of_one, zero_faulty
 
 #: What was seen, for each running statistic of a stack of wrappers, in the order of :func:`_statistics`.
 News = list[RunningMeanStd]
@@ -23,23 +25,62 @@ _OPTIONS = ("training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "g
 
 
 class _NewsKeeper(RunningMeanStd):
-    """
-    Running statistics that also keep what has come since the news were last taken. Steps with a number that is not finite
-    leave them alone: one NaN would stay in them for ever.
-    """
+    """Running statistics that also keep what has come since the news were last taken."""
 
     def __init__(self, known: RunningMeanStd) -> None:
         self.mean, self.var, self.count = known.mean, known.var, known.count
         self.news = _nothing_like(known)
 
     def update_from_moments(self, batch_mean: npt.NDArray[Any], batch_var: npt.NDArray[Any], batch_count: float) -> None:
-        if not (np.isfinite(batch_mean).all() and np.isfinite(batch_var).all()):
-            return
         super().update_from_moments(batch_mean, batch_var, batch_count)
         self.news.update_from_moments(batch_mean, batch_var, batch_count)
 
     def learn_from_others(self, news: RunningMeanStd) -> None:
         super().update_from_moments(news.mean, news.var, news.count)
+
+
+class Sieve:
+    """
+    Lets the ``VecNormalize`` of a stack see finite numbers only: it would clip infinities, and keep a NaN in its statistics
+    for ever. Where there is none, or a ``VecCheckNan`` outside of it wants to see all, nothing is done.
+
+    :param env: a worker's environments
+    """
+
+    def __init__(self, env: VecEnv) -> None:
+        nothing = np.zeros(env.num_envs, dtype=bool)
+        self.faulty_obs = nothing  #: in the last step: which observations were not finite,
+        self.faulty_ends = nothing  #: which that an episode ended with,
+        self.faulty_rewards = nothing  #: and which rewards
+        stack = wrappers(env)
+        places = [i for i, wrapper in enumerate(stack) if isinstance(wrapper, VecNormalize)]
+        self._venv: VecEnv | None = None
+        if places and not any(isinstance(wrapper, VecCheckNan) for wrapper in stack[: places[-1]]):
+            self._venv = stack[places[-1]].venv
+            # on the instance: the stack stays the user's
+            self._reset, self._step_wait = self._venv.reset, self._venv.step_wait
+            self._venv.reset, self._venv.step_wait = self.reset, self.step_wait  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Give the environments their own methods back."""
+        if self._venv is not None:
+            del self._venv.reset, self._venv.step_wait
+
+    def reset(self) -> VecEnvObs:
+        """As :meth:`VecEnv.reset`."""
+        obs = self._reset()
+        self.faulty_obs = zero_faulty(obs)
+        return obs
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """As :meth:`VecEnv.step_wait`."""
+        obs, rewards, dones, infos = self._step_wait()
+        self.faulty_obs, self.faulty_rewards = zero_faulty(obs), ~np.isfinite(rewards)
+        self.faulty_ends = np.zeros_like(self.faulty_obs)
+        for i in np.flatnonzero(dones):
+            if (terminal_obs := infos[i].get("terminal_observation")) is not None:
+                self.faulty_ends[i] = zero_faulty(batch_of_one(terminal_obs))[0]
+        return obs, np.where(self.faulty_rewards, 0.0, rewards), dones, infos
 
 
 def options(env: VecEnv) -> list[dict[str, Any]]:

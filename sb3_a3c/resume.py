@@ -34,6 +34,8 @@ def newest_model(folder: Path, with_statistics: bool = False) -> Path | None:
                 _check_statistics(statistics_path(path))
         except (ValueError, OSError) as error:
             print(f"Passed over: {error}")
+        except Exception as error:  # of many kinds, if what is in the file does not fit together
+            print(f"Passed over: {path} can't be loaded ({error}).")
         else:
             return path
     return None
@@ -52,16 +54,24 @@ def statistics_path(model: Path) -> Path:
 def save_with_statistics(model: A3C, path: Path) -> None:
     """
     Save a model and, if its environments have them, statistics for ``VecNormalize``. Whenever this is killed, no model is
-    left with the statistics of another one.
+    left with the statistics of another one; if it raises, the old ones are there.
 
     :param model: an initialized RL model
     :param path: where to
     """
     statistics = statistics_path(path)
-    statistics.unlink(missing_ok=True)
-    model.save(path)
+    old = statistics.with_name(f"{statistics.name}.old")
+    if statistics.exists():
+        statistics.replace(old)
+    try:
+        model.save(path)
+    except BaseException:
+        if old.exists():
+            old.replace(statistics)
+        raise
     if (normalize := model.get_vec_normalize_env()) is not None:
-        normalize.save(str(statistics))
+        write_whole(statistics, lambda file: pickle.dump(normalize, file))
+    old.unlink(missing_ok=True)
 
 
 def carry_over_monitor_files(source: Path, target: Path, until: float = math.inf) -> None:
@@ -75,13 +85,14 @@ def carry_over_monitor_files(source: Path, target: Path, until: float = math.inf
     :param until: when the model was saved (seconds since 1970): later episodes are no part of it
     """
     originals = []
-    for path in sorted(source.glob(f"*.{Monitor.EXT}")):
-        is_copy = re.fullmatch(rf"\d+\.{Monitor.EXT}", path.name) is None
+    for path in sorted(source.glob(f"*{Monitor.EXT}")):
+        episodes = _episodes(path, until)
+        began = "" if episodes is None else f"{episodes.t_start:.0f}."
+        is_copy = episodes is not None and path.name.startswith(began)
         if not is_copy:
             originals.append(path)
-        if (episodes := _episodes(path, until)) is not None:
-            copy = target / (path.name if is_copy else f"{episodes.t_start:.0f}.{path.name}")
-            write_whole(copy, episodes.write)
+        if episodes is not None:
+            write_whole(target / (path.name if is_copy else began + path.name), episodes.write)
     if target.resolve() == source.resolve():
         for path in originals:  # only now: whenever this is killed, it can be done again
             path.unlink()

@@ -255,8 +255,8 @@ class Replica:
         """
         Let the shared optimizer take one step with the gradient of the worker's policy, and forget the gradient.
 
-        :return: the staleness of that gradient: how many updates other workers made since the last pull; None if the step
-            made numbers NaN or infinite: then these are again what they were at the last pull
+        :return: the staleness of that gradient: how many updates other workers made since the last pull; None if module
+            buffers are not finite, or if the step has made parameters so, which are then again as at the last pull
         """
         if not all_finite(self._finite_buffers):
             return None
@@ -280,7 +280,8 @@ class Replica:
         a copy of parameters and moments before each, which costs as much as the step, and would undo others' steps too.)
         """
         for local, shared in self._trainable:
-            shared.copy_(th.where(shared.isfinite(), shared, local))
+            bad = ~shared.isfinite()
+            shared[bad] = local[bad]
         for shared, state in self.optimizer.state.items():  # with weight decay, moments may have met such a parameter
             for value in state.values():
                 if isinstance(value, th.Tensor) and value.shape == shared.shape:

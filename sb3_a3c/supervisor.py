@@ -235,17 +235,17 @@ class Supervisor:
         for index in self._inboxes:
             self.send(index, None)
 
-    def stop(self) -> None:
-        """End all processes, by force if they take longer than ``STOP_SECONDS``, and free what was used for them."""
+    def stop(self, impatience: Sequence[Any] = ()) -> None:
+        """
+        End all processes, by force if they take longer than ``STOP_SECONDS``, and free what was used for them.
+
+        :param impatience: there is something in it once the user is tired of waiting: then by force at once
+        """
         self.request_stop()
         try:
-            self._discard_messages(time.monotonic() + STOP_SECONDS)
-            self._join_all(time.monotonic() + STOP_SECONDS)
-            for process in self._processes.values():
-                if process.exitcode is None:
-                    process.terminate()
-            self._join_all(time.monotonic() + STOP_SECONDS)
-        finally:  # also when the user is tired of waiting
+            for end in (self._discard_messages, self._join_all, self._terminate_all):
+                end(time.monotonic() + (0.0 if impatience else STOP_SECONDS))
+        finally:
             for process in self._processes.values():
                 if process.exitcode is None:
                     process.kill()
@@ -265,6 +265,12 @@ class Supervisor:
                     pipe.recv_bytes()
                 except (EOFError, OSError):
                     pipes.remove(pipe)
+
+    def _terminate_all(self, deadline: float) -> None:
+        for process in self._processes.values():
+            if process.exitcode is None:
+                process.terminate()
+        self._join_all(deadline)
 
     def _join_all(self, deadline: float) -> None:
         for process in self._processes.values():

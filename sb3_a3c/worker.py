@@ -23,9 +23,10 @@ from stable_baselines3.common.utils import obs_as_tensor, set_random_seed, updat
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.actions import to_env_actions
-from sb3_a3c.guard import Fault, Guard, fault_of_gradient, fault_of_rollout, outputs_explained, zero_faulty
+from sb3_a3c.guard import Fault, Guard, batch_of_one, fault_of_gradient, fault_of_rollout, outputs_explained, zero_faulty
 from sb3_a3c.loss import LossTerms, a3c_loss, advantages_and_returns, bootstrap_time_limits
 from sb3_a3c.lstm import LstmState
+from sb3_a3c.normalization import Sieve
 from sb3_a3c.recurrent import as_recurrent
 from sb3_a3c.reports import Obs, Report, RolloutStatistics, added
 from sb3_a3c.shared import Counter, ParameterStore, Replica
@@ -74,8 +75,9 @@ class ActorLearner:
         self.counters = store.counters
         self.env = env
         self.n_envs = env.num_envs
+        self._sieve = Sieve(env)
         self.obs: Obs = _copied(env.reset())
-        self._faulty_obs = zero_faulty(self.obs)
+        self._faulty_obs = zero_faulty(self.obs) | self._sieve.faulty_obs
         self.state = self.actor.initial_state(self.n_envs)
         self.episode_starts = th.ones(self.n_envs, dtype=th.bool)
         self._tape: RolloutTape | None = None
@@ -111,6 +113,10 @@ class ActorLearner:
             last_obs=rollout.last_obs,
             statistics=self._statistics,
         )
+
+    def close(self) -> None:
+        """Let go of the environments, which stay open."""
+        self._sieve.remove()
 
     def is_my_turn(self) -> bool:
         """
@@ -168,8 +174,9 @@ class ActorLearner:
             self._watch.spent("stepping")
             infos.append(info)
             self.obs = _copied(new_obs)
-            self._faulty_obs = zero_faulty(self.obs)
-            faulty_obs = faulty_obs | self._faulty_obs
+            self._faulty_obs = zero_faulty(self.obs) | self._sieve.faulty_obs
+            faulty_obs = faulty_obs | self._faulty_obs | self._sieve.faulty_ends
+            rewards[t, self._sieve.faulty_rewards] = np.nan
             self.episode_starts = th.from_numpy(dones[t].copy())
             for i in np.flatnonzero(dones[t]):
                 if info[i].get("TimeLimit.truncated", False) and info[i].get("terminal_observation") is not None:
@@ -209,10 +216,13 @@ class ActorLearner:
         return self._tape
 
     def _terminal_value(self, terminal_obs: Obs, env: int) -> th.Tensor:
-        """V of the observation at which a time limit cut an episode, with the memory that the episode had."""
+        """V of the observation at which a time limit cut an episode, with the memory it had; NaN if that is not finite."""
+        batch = _copied(batch_of_one(terminal_obs))
+        if zero_faulty(batch).any():
+            return th.tensor(np.nan)
         state = tuple(part[:, env : env + 1] for part in self.state)
         with th.no_grad():
-            obs = self.policy.obs_to_tensor(terminal_obs)[0]
+            obs = self.policy.obs_to_tensor(terminal_obs)[0]  # also to channels first
             return self.actor.predict_values(obs, state, th.zeros(1, dtype=th.bool))[0, 0]
 
     def _learn(self, rollout: Rollout) -> None:

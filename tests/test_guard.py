@@ -13,7 +13,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan, VecEnv, VecNormalize
 
 from sb3_a3c import A3C, DivergenceError, MlpLstmPolicy, MlpPolicy, shared
 from sb3_a3c.guard import Fault, Guard, all_finite, zero_faulty
@@ -41,7 +41,10 @@ class Faulty(gym.Env[Any, Any]):
     def step(self, action: Any) -> Any:
         self.t += 1
         self.n_steps += 1
-        return self.observation(), self.bad if self.is_bad("reward") else 1.0, False, self.t == 10, {}
+        obs = self.observation()
+        if self.t == 10 and self.is_bad("terminal observation"):
+            obs[1] = self.bad
+        return obs, self.bad if self.is_bad("reward") else 1.0, False, self.t == 10, {}
 
     def observation(self) -> Any:
         return np.array([self.t, self.bad if self.is_bad("observation") else 1.0], dtype=np.float32)
@@ -113,6 +116,18 @@ def numbers(model: A3C) -> dict[str, th.Tensor]:
     return {**{name: value.clone() for name, value in policy.state_dict().items()}, **moments}
 
 
+def learn(model: A3C, total_timesteps: int) -> int:
+    """:return: how many updates were dropped"""
+    skipped: list[int] = []
+
+    def note(local: dict[str, Any], _: dict[str, Any]) -> bool:
+        skipped.append(local["self"]._collector.statistics.skipped_updates)
+        return True
+
+    model.learn(total_timesteps, callback=note)
+    return skipped[-1]
+
+
 def same_bits(a: dict[str, th.Tensor], b: dict[str, th.Tensor]) -> bool:
     return a.keys() == b.keys() and all(th.equal(a[key], b[key]) for key in a)
 
@@ -156,16 +171,10 @@ def check_dropped_updates(where: str, policy: Any, make: Any, bad: float, n_work
     else:
         model.env.set_attr("bad", bad)
         model.env.set_attr("where", where)
-    skipped: list[int] = []
-
-    def note(local: dict[str, Any], _: dict[str, Any]) -> bool:
-        skipped.append(local["self"]._collector.statistics.skipped_updates)
-        return True
-
-    model.learn(200, callback=note)
+    n_skipped = learn(model, 200)
     assert same_bits(numbers(model), before)
     assert model._n_updates == n_updates
-    assert skipped[-1] == 20
+    assert n_skipped == 20
     assert model.num_timesteps == 200
 
 
@@ -175,13 +184,14 @@ def test_all_else_goes_on_and_it_is_said_once(where: str, n_workers: int) -> Non
     env = DummyVecEnv([lambda: Faulty(where, at=None), Faulty, Faulty, Faulty])
     model = A3C("MlpLstmPolicy", env, n_steps=5, n_workers=n_workers, envs_per_update=1, seed=1)
     with pytest.warns(UserWarning, match=rf"^An update was dropped, as an? {where} was NaN or infinite") as warned:
-        model.learn(400)
+        n_skipped = learn(model, 400)
     assert len(warned) == 1
     assert model.num_timesteps == 400
     if n_workers == 0:
         assert model._n_updates == 60  # 80, and every fourth was dropped
     else:
         assert 0 < model._n_updates < 80
+        assert model._n_updates + n_skipped == 80
     assert all_finite(model.policy.parameters())
 
 
@@ -240,7 +250,7 @@ def test_a_step_to_infinity_is_undone(use_rms_prop: bool, n_workers: int) -> Non
     before = {name: value.clone() for name, value in before.items()}
     model.learning_rate = lambda progress_remaining: 0.0 if progress_remaining > 0.9 else math.inf
     model._setup_lr_schedule()
-    with pytest.raises(DivergenceError, match=r"parameters NaN or infinite.*`learning_rate`.*`eps`"):
+    with pytest.raises(DivergenceError, match=r"parameters.* would have become NaN or infinite.*`learning_rate`.*`eps`"):
         model.learn(10_000)
     assert all(th.equal(value, before[name]) for name, value in model.policy.state_dict().items())
 
@@ -277,16 +287,38 @@ def test_parameters_that_are_not_finite_are_refused(n_workers: int, monkeypatch:
 
 
 @TOLD
-def test_statistics_of_vec_normalize_stay_finite() -> None:
-    for where in ("observation", "reward"):
-        env = VecNormalize(envs(Faulty, 4, where, math.nan, 5))
-        model = A3C("MlpPolicy", env, n_steps=5, n_workers=2, envs_per_update=1)
-        model.learn(400)
-        obs_rms: Any = env.obs_rms
-        assert np.isfinite(obs_rms.mean).all() and np.isfinite(obs_rms.var).all()
-        assert np.isfinite(env.ret_rms.mean) and np.isfinite(env.ret_rms.var)
-        assert obs_rms.count > 300
-        assert model._n_updates > 60
+@pytest.mark.parametrize("n_workers", [0, 2])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["observation", "reward", "terminal observation"])
+def test_vec_normalize_neither_hides_bad_numbers_nor_keeps_them(where: str, bad: float, n_workers: int) -> None:
+    """One environment of four is always bad; SB3 alone would clip its infinities, and keep a NaN for ever."""
+    env = VecNormalize(DummyVecEnv([functools.partial(Faulty, where, bad), Faulty, Faulty, Faulty]))
+    model = A3C("MlpPolicy", env, n_steps=5, n_workers=n_workers, envs_per_update=1, seed=1)
+    n_dropped = learn(model, 400)
+    assert n_dropped > 0 and model._n_updates + n_dropped == 80
+    if n_workers == 0:  # of 20 rollouts of the bad one, every other ends with the end of an episode
+        assert n_dropped == (10 if where == "terminal observation" else 20)
+    obs_rms: Any = env.obs_rms
+    assert obs_rms.count == pytest.approx(404, abs=24)
+    assert obs_rms.mean.tolist() == pytest.approx([4.5, 0.75 if where == "observation" else 1.0], abs=0.5)
+    assert np.isfinite(env.ret_rms.mean) and 0 < env.ret_rms.var < 100
+    assert env.ret_rms.count == pytest.approx(400, abs=24)
+    assert "step_wait" not in vars(env.venv) and "reset" not in vars(env.venv)
+
+
+@TOLD
+@pytest.mark.parametrize("policy", ["MlpPolicy", "MlpLstmPolicy"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_last_observation_is_no_bootstrap(bad: float, policy: str) -> None:
+    model = A3C(policy, envs(Faulty, 1, "terminal observation", bad), n_steps=5, n_workers=0)
+    model.learn(100)
+    assert model._n_updates == 10
+
+
+def test_vec_check_nan_outside_of_vec_normalize_sees_all() -> None:
+    env = VecCheckNan(VecNormalize(envs(Faulty, 4, "reward", math.nan, 5)), raise_exception=True)
+    with pytest.raises(ValueError, match="found nan in rewards"):
+        A3C("MlpPolicy", env, n_steps=5, n_workers=0).learn(400)
 
 
 # --- the parts ------------------------------------------------------------------------------------------------------

@@ -113,6 +113,17 @@ def test_statistics_are_a_part_of_the_model(run_folder: Path, capsys: pytest.Cap
     assert newest_model(run_folder) == checkpoint(run_folder, 120)
 
 
+def test_a_model_that_does_not_fit_together(
+    run_folder: Path, normalized: VecEnv, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = A3C("MlpPolicy", normalized, n_workers=0, policy_kwargs=dict(net_arch=[8]))
+    model.policy_kwargs = dict(net_arch=[4])
+    model.num_timesteps = 1000
+    model.save(run_folder / "odd")
+    assert newest_model(run_folder) == checkpoint(run_folder, 120)
+    assert f"Passed over: {run_folder / 'odd.zip'} can't be loaded (" in capsys.readouterr().out
+
+
 def test_what_a_killed_save_leaves_is_no_model(run_folder: Path) -> None:
     model = checkpoint(run_folder, 120)
     model.rename(model.with_name(f".{model.name}.123.part"))
@@ -123,7 +134,7 @@ class KilledError(BaseException):
     pass
 
 
-@pytest.mark.parametrize("at", ["A3C.save", "VecNormalize.save"])
+@pytest.mark.parametrize("at", ["model", "statistics"])
 def test_a_model_never_has_the_statistics_of_another(
     at: str, run_folder: Path, normalized: VecEnv, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,10 +149,13 @@ def test_a_model_never_has_the_statistics_of_another(
         raise KilledError
 
     model.num_timesteps = 400
-    monkeypatch.setattr(A3C if at == "A3C.save" else VecNormalize, "save", killed)
+    monkeypatch.setattr("sb3_a3c.a3c.A3C.save" if at == "model" else "sb3_a3c.resume.write_whole", killed)
     with pytest.raises(KilledError):
         save_with_statistics(model, path)
-    assert newest_model(run_folder, with_statistics=True) == checkpoint(run_folder, 120)
+    # the first could be undone; the second has left a model without statistics
+    expected = path if at == "model" else checkpoint(run_folder, 120)
+    assert newest_model(run_folder, with_statistics=True) == expected
+    assert A3C.load(path).num_timesteps == (300 if at == "model" else 400)
 
 
 def test_the_schedule_goes_on_from_a_checkpoint(run_folder: Path, normalized: VecEnv) -> None:
@@ -340,6 +354,15 @@ def test_in_the_same_folder_there_are_only_copies_afterwards(source: Path) -> No
     results = load_results(str(source))
     assert results["l"].tolist() == [10, 20, 10, 5, 7, 7]
     assert results["t"].tolist() == [1.0, 3.0, 5.0, 6.0, 102.0, 102.0]
+
+
+@pytest.mark.parametrize("name", ["train_0.monitor.csv", "monitor.csv"])
+def test_whatever_the_files_are_called_nothing_is_written_over(name: str, tmp_path: Path) -> None:
+    for begin in (100.0, 200.0, 300.0):
+        write_monitor(tmp_path / name, begin, [f"{begin},7,2.0"])
+        carry_over_monitor_files(tmp_path, tmp_path)
+        assert not (tmp_path / name).exists()
+    assert load_results(str(tmp_path))["r"].tolist() == [100.0, 200.0, 300.0]
 
 
 @pytest.mark.parametrize("moment", range(4))

@@ -223,7 +223,7 @@ def test_ctrl_c_ends_learn_with_all_that_was_learned(times: int, kind: str, tmp_
 
 
 @every_kind
-@pytest.mark.parametrize(("times", "seconds"), [(1, 6), (2, 3)])
+@pytest.mark.parametrize(("times", "seconds"), [(1, 6), (2, 2)])
 def test_ctrl_c_while_an_environment_is_stuck(times: int, seconds: float, kind: str, tmp_path: Path) -> None:
     with program(tmp_path, kind, "stuck") as running:
         running.until_ready()
@@ -250,9 +250,15 @@ def test_ctrl_c_while_the_first_workers_start(kind: str, earliest: float, tmp_pa
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=slow), signal.SIGKILL])
-@pytest.mark.parametrize("kind", [pytest.param("dummy", marks=slow), "subproc"])
-def test_workers_end_with_the_main_process(number: signal.Signals, kind: str, tmp_path: Path) -> None:
-    with program(tmp_path, kind, "killed") as running:
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [
+        ("subproc", "killed"),
+        *(pytest.param(*each, marks=slow) for each in [("dummy", "killed"), ("dummy", "stuck"), ("subproc", "stuck")]),
+    ],
+)
+def test_workers_end_with_the_main_process(number: signal.Signals, kind: str, case: str, tmp_path: Path) -> None:
+    with program(tmp_path, kind, case) as running:
         running.until_ready(then=0.5)
         os.kill(running.process.pid, number)
         assert running.process.wait(timeout=5) == -number

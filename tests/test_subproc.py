@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import SubprocVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from sb3_a3c import A3C, WorkerDiedError, collector, subproc
 
@@ -76,6 +77,31 @@ def test_a_worker_that_is_stopped_in_mid_step_may_finish_it(env: SubprocVecEnv, 
         for pipe in env.remotes:
             assert not pipe.poll()
         assert env.reset().tolist() == [[0]] * 4  # type: ignore[union-attr]
+
+
+@pytest.mark.timeout(60)
+def test_after_ctrl_c_in_a_step_of_this_process_the_environments_are_in_step_again(env: SubprocVecEnv) -> None:
+    model = A3C("MlpPolicy", env, n_workers=0, n_steps=2)
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))  # three steps take 0.9 s, the fourth until 1.2
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(1000)
+    model.learn(8)
+    assert env.reset().tolist() == [[0]] * 4  # type: ignore[union-attr]
+
+
+def test_ctrl_c_interrupts_the_first_reset_of_this_process() -> None:
+    class Reluctant(Slow):
+        def reset(self, **kwargs: Any) -> Any:
+            time.sleep(20)
+            return super().reset(**kwargs)
+
+    model = A3C("MlpPolicy", DummyVecEnv([lambda: Reluctant(0.0)]), n_workers=0)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(1000)
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.timeout(60)
