@@ -22,14 +22,11 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_a3c.errors import DivergenceError
-from sb3_a3c.reports import Obs
 
 #: So many updates of a worker that were dropped in a row end the training.
 MAX_SKIPPED_UPDATES = 100
 
 _LARGEST = np.finfo(np.float32).max  # policies turn observations into single precision
-
-
 _UNTOUCHED = "The parameters are those from before, and finite."
 _CALMER = "Lower `learning_rate` or `max_grad_norm`, or let VecNormalize scale observations and rewards."
 
@@ -104,16 +101,6 @@ def check_finite(policy: ActorCriticPolicy) -> None:
                 f"The policy's parameter `{name}` is NaN or infinite: nothing can be learned from there. Load an earlier "
                 "checkpoint, or make a new model."
             )
-
-
-def batch_of_one(obs: Any) -> Obs:
-    """
-    :param obs: a single observation
-    :return: (1, …), of the same memory
-    """
-    if isinstance(obs, dict):
-        return {key: np.asarray(part)[None] for key, part in obs.items()}
-    return np.asarray(obs)[None]
 
 
 def zero_faulty(obs: Any) -> npt.NDArray[np.bool_]:

@@ -16,7 +16,8 @@ from stable_baselines3.common.vec_env import VecCheckNan, VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_a3c.envs import wrappers
-from sb3_a3c.guard import batch_of_one, zero_faulty
+from sb3_a3c.guard import zero_faulty
+from sb3_a3c.observations import batch_of_one
 
 #: What was seen, for each running statistic of a stack of wrappers, in the order of :func:`_statistics`.
 News = list[RunningMeanStd]

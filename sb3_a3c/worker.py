@@ -19,14 +19,15 @@ import numpy.typing as npt
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.utils import obs_as_tensor, set_random_seed, update_learning_rate
+from stable_baselines3.common.utils import set_random_seed, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.actions import to_env_actions
-from sb3_a3c.guard import Fault, Guard, batch_of_one, fault_of_gradient, fault_of_rollout, outputs_explained, zero_faulty
+from sb3_a3c.guard import Fault, Guard, fault_of_gradient, fault_of_rollout, outputs_explained, zero_faulty
 from sb3_a3c.loss import LossTerms, a3c_loss, advantages_and_returns, bootstrap_time_limits
 from sb3_a3c.lstm import LstmState
 from sb3_a3c.normalization import Sieve
+from sb3_a3c.observations import as_tensor, batch_of_one, copied, flat_chunk, stacked
 from sb3_a3c.recurrent import as_recurrent
 from sb3_a3c.reports import Obs, Report, RolloutStatistics, added
 from sb3_a3c.shared import Counter, ParameterStore, Replica
@@ -76,7 +77,11 @@ class ActorLearner:
         self.env = env
         self.n_envs = env.num_envs
         self._sieve = Sieve(env)
-        self.obs: Obs = _copied(env.reset())
+        try:
+            self.obs: Obs = copied(env.reset())
+        except BaseException:
+            self.close()
+            raise
         self._faulty_obs = zero_faulty(self.obs) | self._sieve.faulty_obs
         self.state = self.actor.initial_state(self.n_envs)
         self.episode_starts = th.ones(self.n_envs, dtype=th.bool)
@@ -161,9 +166,7 @@ class ActorLearner:
             if self.settings.use_sde and self.settings.sde_sample_freq > 0 and t % self.settings.sde_sample_freq == 0:
                 self.policy.reset_noise(n_envs)
             with th.no_grad(), outputs_explained():
-                action, value, self.state = self.actor.act(
-                    _as_tensor(self.obs), self.state, self.episode_starts, **recording
-                )
+                action, value, self.state = self.actor.act(as_tensor(self.obs), self.state, self.episode_starts, **recording)
             obs.append(self.obs)
             starts.append(self.episode_starts)
             actions.append(action)
@@ -173,7 +176,7 @@ class ActorLearner:
             new_obs, rewards[t], dones[t], info = self.env.step(env_actions)
             self._watch.spent("stepping")
             infos.append(info)
-            self.obs = _copied(new_obs)
+            self.obs = copied(new_obs)
             self._faulty_obs = zero_faulty(self.obs) | self._sieve.faulty_obs
             faulty_obs = faulty_obs | self._faulty_obs | self._sieve.faulty_ends
             rewards[t, self._sieve.faulty_rewards] = np.nan
@@ -182,10 +185,10 @@ class ActorLearner:
                 if info[i].get("TimeLimit.truncated", False) and info[i].get("terminal_observation") is not None:
                     terminal_values[t, i] = self._terminal_value(info[i]["terminal_observation"], int(i))
         with th.no_grad():
-            last_values = self.actor.predict_values(_as_tensor(self.obs), self.state, self.episode_starts).flatten()
+            last_values = self.actor.predict_values(as_tensor(self.obs), self.state, self.episode_starts).flatten()
         self._watch.spent("acting")
         return Rollout(
-            obs=_stacked(obs),
+            obs=stacked(obs),
             faulty_obs=faulty_obs,
             actions=th.stack(actions),
             rewards=rewards,
@@ -217,7 +220,7 @@ class ActorLearner:
 
     def _terminal_value(self, terminal_obs: Obs, env: int) -> th.Tensor:
         """V of the observation at which a time limit cut an episode, with the memory it had; NaN if that is not finite."""
-        batch = _copied(batch_of_one(terminal_obs))
+        batch = copied(batch_of_one(terminal_obs))
         if zero_faulty(batch).any():
             return th.tensor(np.nan)
         state = tuple(part[:, env : env + 1] for part in self.state)
@@ -277,7 +280,7 @@ class ActorLearner:
             actions = actions.flatten(1)  # (T * n, …) -> (T * n, action_dim)
         with outputs_explained():
             values, log_prob, entropy = self.actor.evaluate_actions(
-                _as_tensor(_flat_chunk(rollout.obs, chunk)),
+                as_tensor(flat_chunk(rollout.obs, chunk)),
                 actions,
                 tuple(part[:, chunk].contiguous() for part in rollout.first_state),
                 rollout.episode_starts[:, chunk],
@@ -335,28 +338,3 @@ def _moments(x: npt.NDArray[np.floating]) -> tuple[float, float]:
     """Sums of the numbers and of their squares, in double precision: they are pooled and subtracted later."""
     x = x.astype(np.float64)
     return float(x.sum()), float(np.square(x).sum())
-
-
-def _as_tensor(obs: Obs) -> Any:
-    return obs_as_tensor(obs, th.device("cpu"))
-
-
-def _copied(obs: Any) -> Obs:
-    """Wrappers may hand out a buffer that the next step overwrites."""
-    if isinstance(obs, dict):
-        return {key: np.array(value) for key, value in obs.items()}
-    return np.array(obs)
-
-
-def _stacked(rows: list[Any]) -> Obs:
-    """T observations of N environments -> (T, N, …)"""
-    if isinstance(rows[0], dict):
-        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-    return np.stack(rows)
-
-
-def _flat_chunk(obs: Obs, chunk: slice) -> Obs:
-    """(T, N, …) -> (T * n, …), the n environments of a chunk"""
-    if isinstance(obs, dict):
-        return {key: value[:, chunk].reshape(-1, *value.shape[2:]) for key, value in obs.items()}
-    return obs[:, chunk].reshape(-1, *obs.shape[2:])

@@ -315,6 +315,17 @@ def test_a_bad_last_observation_is_no_bootstrap(bad: float, policy: str) -> None
     assert model._n_updates == 10
 
 
+def test_a_reset_that_raises_leaves_the_environments_as_they_were() -> None:
+    class Broken(Faulty):
+        def reset(self, **kwargs: Any) -> Any:
+            raise NotADirectoryError
+
+    env = VecNormalize(envs(Broken))
+    with pytest.raises(NotADirectoryError):
+        A3C("MlpPolicy", env, n_workers=0).learn(100)
+    assert "step_wait" not in vars(env.venv) and "reset" not in vars(env.venv)
+
+
 def test_vec_check_nan_outside_of_vec_normalize_sees_all() -> None:
     env = VecCheckNan(VecNormalize(envs(Faulty, 4, "reward", math.nan, 5)), raise_exception=True)
     with pytest.raises(ValueError, match="found nan in rewards"):
