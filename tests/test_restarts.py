@@ -131,15 +131,22 @@ def test_training_goes_on_to_its_end_and_counts_exactly() -> None:
 
 
 @REPLACED
+@pytest.mark.timeout(60)
 def test_a_replacement_has_new_episodes_and_seeds_of_its_own() -> None:
-    seen = Seen(kill_at={50, 100})
-    A3C("MlpPolicy", counting(2), n_steps=N_STEPS, n_workers=2, seed=1).learn(600, callback=seen)
     streams: dict[tuple[int, int], list[float]] = {}
-    for info in seen.infos:
-        streams.setdefault((info["pid"], info["env_index"]), []).append(info["number"])
-    assert len(streams) == 4
+
+    class KillOneAfterTheOther(Seen):
+        def _on_step(self) -> bool:
+            super()._on_step()
+            for info in self.locals["infos"]:
+                streams.setdefault((info["pid"], info["env_index"]), []).append(info["number"])
+            n_seen = sum(len(stream) >= 5 for stream in streams.values())
+            self.kill_at = {self.n_calls + 1} if n_seen == 2 + len(self.killed) < 4 else set()
+            return n_seen < 4
+
+    A3C("MlpPolicy", counting(2), n_steps=N_STEPS, n_workers=2, seed=1).learn(10**9, callback=KillOneAfterTheOther())
     first = [tuple(stream[:5]) for stream in streams.values()]
-    assert len(set(first)) == len(first)
+    assert len(set(first)) == len(first) == 4
 
 
 def test_it_is_said_each_time_and_logged() -> None:

@@ -116,6 +116,7 @@ def train(model):
     return found
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     multiprocessing.set_forkserver_preload(["stable_baselines3.common.env_util", "sb3_a3c"])
     if case == "handler":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
