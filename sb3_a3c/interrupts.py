@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -15,31 +15,43 @@ def uninterrupted() -> Iterator[list[Any]]:
 
     :return: grows with each SIGINT that arrives
     """
-    arrived: list[Any] = []
-    with _Deferred(signal.SIGINT, arrived), _Deferred(signal.SIGTERM, []):
-        yield arrived
+    interrupts: list[Any] = []
+    terminations: list[Any] = []
+    on_interrupt, on_terminate = _handler(signal.SIGINT), _handler(signal.SIGTERM)
+    is_over = False
+
+    def deferred(handler: Callable[[int, Any], Any], arrived: list[Any]) -> Callable[[int, Any], Any]:
+        def note(number: int, frame: Any) -> None:
+            if is_over:  # another handler has raised before this one was taken away
+                handler(number, frame)
+            else:
+                arrived.append(frame)
+
+        return note
+
+    try:
+        if on_interrupt:
+            signal.signal(signal.SIGINT, deferred(on_interrupt, interrupts))
+        if on_terminate:
+            signal.signal(signal.SIGTERM, deferred(on_terminate, terminations))
+        yield interrupts
+    finally:
+        is_over = True
+        try:
+            if on_interrupt:
+                signal.signal(signal.SIGINT, on_interrupt)
+        finally:
+            if on_terminate:
+                signal.signal(signal.SIGTERM, on_terminate)
+        try:
+            if on_interrupt and interrupts:
+                on_interrupt(signal.SIGINT, interrupts[0])
+        finally:
+            if on_terminate and terminations:
+                on_terminate(signal.SIGTERM, terminations[0])
 
 
-class _Deferred:
-    """One signal that waits for the end of the block. Each in a block of its own, as its handler may raise."""
-
-    def __init__(self, number: signal.Signals, arrived: list[Any]) -> None:
-        self._number, self._arrived = number, arrived
-        self._frames: list[Any] = []
-        self._handler: Any = None  # None if there is nothing to defer
-
-    def __enter__(self) -> None:
-        handler = signal.getsignal(self._number)
-        if callable(handler) and threading.current_thread() is threading.main_thread():
-            self._handler = handler
-            signal.signal(self._number, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        self._frames.append(frame)
-        self._arrived.append(number)
-
-    def __exit__(self, *_: Any) -> None:
-        if self._handler is not None:
-            signal.signal(self._number, self._handler)
-            if self._frames:
-                self._handler(self._number, self._frames[0])
+def _handler(number: signal.Signals) -> Callable[[int, Any], Any] | None:
+    """Python's, if this thread is the one that runs it."""
+    handler = signal.getsignal(number)
+    return handler if callable(handler) and threading.current_thread() is threading.main_thread() else None

@@ -1,11 +1,15 @@
 """Ctrl-C comes at a moment when it does no harm, and what was learned is counted whenever it comes."""
 
+import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +59,52 @@ def test_in_other_threads_and_where_nobody_handles_interrupts_nothing_is_changed
     finally:
         signal.signal(signal.SIGINT, before)
     assert seen == [handler, signal.SIG_IGN]
+
+
+class RaisedError(Exception):
+    pass
+
+
+def test_whenever_two_signals_come_both_are_handled_afterwards() -> None:
+    """A handler that raises gets between the exchange of the other's."""
+    armed: list[bool] = []
+
+    def raise_once(number: int, frame: object) -> None:
+        if armed:
+            armed.clear()
+            raise RaisedError
+
+    def send() -> None:
+        while not stop.wait(1e-4):
+            os.kill(os.getpid(), random.choice(signals))
+
+    signals = [signal.SIGINT, signal.SIGTERM]
+    before = [signal.signal(number, raise_once) for number in signals]
+    n_raised, stop, sender = 0, threading.Event(), threading.Thread(target=send)
+    sender.start()
+    try:
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:
+            try:
+                armed.append(True)
+                with uninterrupted():
+                    pass
+                armed.clear()
+            except RaisedError:
+                n_raised += 1
+            for number in signals:  # whoever is the handler now, it does as the user's
+                with contextlib.suppress(RaisedError):
+                    armed.append(True)
+                    handler: Any = signal.getsignal(number)
+                    handler(number, None)
+                assert not armed
+    finally:
+        armed.clear()
+        stop.set()
+        sender.join()
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+    assert n_raised > 100
 
 
 SCRIPT = """
