@@ -330,6 +330,7 @@ gym.register("Fragile-v0", entry_point="fragile:Fragile", max_episode_steps=50)
 '''
 
 
+@pytest.mark.slow
 def test_optimize_survives_a_trial_that_raises(fresh: Zoo) -> None:
     (fresh.folder / "fragile.py").write_text(FRAGILE)
     (fresh.folder / "a3c.yml").write_text("Fragile-v0: {n_envs: 2, n_workers: 1, n_timesteps: 2000, policy: MlpPolicy}")
