@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -149,6 +150,12 @@ class Program:
     def stderr(self) -> str:
         return (self._folder / "stderr").read_text()
 
+    @property
+    def tracebacks(self) -> int:
+        """How many are in stderr; but for those of SB3's processes that a second Ctrl-C met while they ended from the first."""
+        theirs = r"Process ForkServerProcess-\d+:\nTraceback .*?\nKeyboardInterrupt\n"
+        return re.sub(theirs, "", self.stderr, flags=re.DOTALL).count("Traceback")
+
     def _line(self) -> str:
         assert self.process.stdout is not None
         line = self.process.stdout.readline().strip()
@@ -228,7 +235,7 @@ def test_ctrl_c_ends_learn_with_all_that_was_learned(times: int, kind: str, tmp_
             began = time.monotonic()
             check(found := running.found(), "KeyboardInterrupt")
             assert found["over at"] - began < 3
-    assert "Traceback" not in running.stderr
+    assert running.tracebacks == 0, running.stderr
 
 
 @every_kind
@@ -243,7 +250,7 @@ def test_ctrl_c_while_an_environment_is_stuck(times: int, seconds: float, kind: 
         began = time.monotonic()
         check(found := running.found(), "KeyboardInterrupt")
         assert found["over at"] - began < seconds
-    assert "Traceback" not in running.stderr
+    assert running.tracebacks == 0, running.stderr
 
 
 @slow
@@ -255,7 +262,7 @@ def test_ctrl_c_while_the_first_workers_start(kind: str, earliest: float, tmp_pa
         os.killpg(running.process.pid, signal.SIGINT)
         assert (found := running.found())["ended"] == "KeyboardInterrupt"
         assert found["counted"] == found["learned"]
-    assert "Traceback" not in running.stderr
+    assert running.tracebacks == 0, running.stderr
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=slow), signal.SIGKILL])
@@ -285,7 +292,7 @@ def test_a_handler_of_sigterm_that_exits_ends_learn_with_all_that_was_learned(
             if to_all:  # what workers did not report in time is learned, but not counted
                 found.update(counted=found["learned"], after=found["before"])
             check(found, "SystemExit")
-    assert "Traceback" not in running.stderr
+    assert running.tracebacks == 0, running.stderr
 
 
 @every_kind
