@@ -152,7 +152,7 @@ class Program:
 
     @property
     def tracebacks(self) -> int:
-        """How many are in stderr; but for those of SB3's processes that a second Ctrl-C met while they ended from the first."""
+        """How many are in stderr, but for those of SB3's processes that a second Ctrl-C meets while they end."""
         theirs = r"Process ForkServerProcess-\d+:\nTraceback .*?\nKeyboardInterrupt\n"
         return re.sub(theirs, "", self.stderr, flags=re.DOTALL).count("Traceback")
 
