@@ -296,7 +296,6 @@ class HogwildCollector:
         died = [index for index, worker in self._worker_of.items() if worker not in self._wrapper_counts]
         if isinstance(self._workers, InProcessWorker) and not base.waiting:  # else Ctrl-C has interrupted a step
             died = []
-        base.waiting = False
         if died:
             take_back(base, died, NO_PATIENCE if impatience else math.inf)
 

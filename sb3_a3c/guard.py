@@ -96,7 +96,7 @@ def check_finite(policy: ActorCriticPolicy) -> None:
     :raises ValueError: if one of its trainable parameters is NaN or infinite
     """
     for name, parameter in policy.named_parameters():
-        if parameter.requires_grad and not parameter.isfinite().all():
+        if parameter.requires_grad and not all_finite([parameter]):
             raise ValueError(
                 f"The policy's parameter `{name}` is NaN or infinite: nothing can be learned from there. Load an earlier "
                 "checkpoint, or make a new model."

@@ -42,6 +42,7 @@ def take_back(env: SubprocVecEnv, indices: Iterable[int], patience: float = math
     :param indices: which environments the worker had
     :param patience: seconds to wait, if less than ``TAKE_BACK_SECONDS``
     """
+    env.waiting = False  # what it waited for is read here
     mark = secrets.token_hex(8)
     deadline = time.monotonic() + min(patience, TAKE_BACK_SECONDS)
     lost = [index for index in indices if not _answers(env.remotes[index], mark, deadline)]

@@ -18,7 +18,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_a3c.a3c import A3C
@@ -26,6 +25,7 @@ from sb3_a3c.channel import WorkerChannel
 from sb3_a3c.collector import PRELOAD
 from sb3_a3c.loss import a3c_loss
 from sb3_a3c.machine import process_memory
+from sb3_a3c.observations import as_tensor
 from sb3_a3c.recurrent import as_recurrent
 from sb3_a3c.reports import Obs
 from sb3_a3c.shared import ParameterStore, Replica
@@ -149,7 +149,7 @@ def _copied(policy: ActorCriticPolicy) -> ActorCriticPolicy:
 def _compute_gradient(policy: ActorCriticPolicy, obs: Obs) -> None:
     """Leave in the policy the gradient of A3C's loss over one step, as if each action had been worth 1."""
     n_envs = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
-    actor, tensors, starts = as_recurrent(policy), obs_as_tensor(obs, th.device("cpu")), th.ones(1, n_envs, dtype=th.bool)
+    actor, tensors, starts = as_recurrent(policy), as_tensor(obs), th.ones(1, n_envs, dtype=th.bool)
     state = actor.initial_state(n_envs)
     with th.no_grad():
         actions, _, _ = actor.act(tensors, state, starts[0])

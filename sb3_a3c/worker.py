@@ -301,7 +301,8 @@ class ActorLearner:
     def _push(self, terms: LossTerms) -> Fault | None:
         """Algorithm S3: "Perform asynchronous update of θ using dθ and of θ_v using dθ_v"; or the reason why not."""
         norm = th.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
-        if (fault := fault_of_gradient(terms.loss.item(), norm.item())) is not None:
+        size = norm.item()
+        if (fault := fault_of_gradient(terms.loss.item(), size)) is not None:
             return fault
         if norm > self.settings.max_grad_norm:
             th.nn.utils.clip_grads_with_norm_(self.policy.parameters(), self.settings.max_grad_norm, norm)
@@ -311,7 +312,7 @@ class ActorLearner:
         if staleness is None:
             return Fault.PARAMETER
         self._statistics.staleness += staleness
-        self._statistics.grad_norm += norm.item()
+        self._statistics.grad_norm += size
         return None
 
     def _note(self, terms: LossTerms, returns: npt.NDArray[np.floating], values: npt.NDArray[np.floating]) -> None:

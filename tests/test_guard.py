@@ -105,6 +105,11 @@ def envs(make: Any = Faulty, n_envs: int = 4, *args: Any) -> VecEnv:
     return DummyVecEnv([functools.partial(make, *args)] * n_envs)
 
 
+def weights(model: A3C) -> dict[str, th.Tensor]:
+    """As they are now."""
+    return {name: value.clone() for name, value in model.policy.state_dict().items()}
+
+
 def numbers(model: A3C) -> dict[str, th.Tensor]:
     """All that was learned, as it is now."""
     policy = model.policy
@@ -113,7 +118,7 @@ def numbers(model: A3C) -> dict[str, th.Tensor]:
         for name, parameter in policy.named_parameters()
         for key, value in policy.optimizer.state[parameter].items()
     }
-    return {**{name: value.clone() for name, value in policy.state_dict().items()}, **moments}
+    return {**weights(model), **moments}
 
 
 def learn(model: A3C, total_timesteps: int) -> int:
@@ -196,20 +201,13 @@ def test_all_else_goes_on_and_it_is_said_once(where: str, n_workers: int) -> Non
 
 
 @TOLD
-def test_one_bad_observation_spoils_one_update_and_not_the_memory() -> None:
-    env = envs(Faulty, 1, "observation", math.nan, 7)
+@pytest.mark.parametrize(("at", "n_updates"), [(7, 19), (15, 18)])
+def test_one_bad_observation_spoils_the_rollouts_that_it_is_in_and_not_the_memory(at: int, n_updates: int) -> None:
+    """The one after the last step is in two: its value is the bootstrap of the first, and the second begins with it."""
+    env = envs(Faulty, 1, "observation", math.nan, at)
     model = A3C("MlpLstmPolicy", env, n_steps=5, n_workers=0, seed=1)
     model.learn(100)
-    assert model._n_updates == 19
-
-
-@TOLD
-def test_the_observation_after_the_last_step_counts_for_two_rollouts() -> None:
-    """Its value is the bootstrap of the first, and the second begins with it."""
-    env = envs(Faulty, 1, "observation", math.nan, 15)
-    model = A3C("MlpLstmPolicy", env, n_steps=5, n_workers=0, seed=1)
-    model.learn(100)
-    assert model._n_updates == 18
+    assert model._n_updates == n_updates
 
 
 @TOLD
@@ -222,12 +220,12 @@ def test_100_in_a_row_end_the_training(where: str, advice: str, n_workers: int) 
     assert model.env is not None
     model.env.set_attr("where", where)
     model.policy.features_extractor.factor = math.nan if where == "gradient" else 1.0  # type: ignore[assignment]
-    before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    before = weights(model)
     with pytest.raises(
         DivergenceError, match=rf"^100 updates in a row were dropped, the last because .*{where} was.*{advice}"
     ):
         model.learn(10_000)
-    assert all(th.equal(value, before[name]) for name, value in model.policy.state_dict().items())
+    assert same_bits(weights(model), before)
     assert model.num_timesteps in range(99 * 20 - 100, 99 * 20 + 1)
 
 
@@ -246,13 +244,12 @@ def test_a_step_to_infinity_is_undone(use_rms_prop: bool, n_workers: int) -> Non
     """A learning rate that suddenly is infinite: nothing of what it does to any parameter stays."""
     model = A3C("MlpLstmPolicy", envs(), learning_rate=1e-3, n_steps=5, n_workers=n_workers, use_rms_prop=use_rms_prop)
     model.learn(200)
-    before = model.policy.state_dict()
-    before = {name: value.clone() for name, value in before.items()}
+    before = weights(model)
     model.learning_rate = lambda progress_remaining: 0.0 if progress_remaining > 0.9 else math.inf
     model._setup_lr_schedule()
     with pytest.raises(DivergenceError, match=r"parameters.* would have become NaN or infinite.*`learning_rate`.*`eps`"):
         model.learn(10_000)
-    assert all(th.equal(value, before[name]) for name, value in model.policy.state_dict().items())
+    assert same_bits(weights(model), before)
 
 
 def test_outputs_that_overflow_are_explained() -> None:
