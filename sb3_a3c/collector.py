@@ -37,7 +37,7 @@ from sb3_a3c.envs import (
 from sb3_a3c.errors import WorkerDiedError
 from sb3_a3c.hints import hint
 from sb3_a3c.inprocess import InProcessWorker
-from sb3_a3c.interrupts import uninterrupted
+from sb3_a3c.interrupts import EndOfProgram, uninterrupted
 from sb3_a3c.normalization import News, merge_news, no_news, options
 from sb3_a3c.redirect import Redirect
 from sb3_a3c.reports import Obs, RolloutStatistics, Step, StepAssembler, TrainingStatistics
@@ -159,13 +159,14 @@ class HogwildCollector:
         self._has_hinted = self._has_told_of_skipped = False
         self._n_threads = th.get_num_threads()
         self._workers: _Workers
-        if not shares:
+        if shares:
+            finish_videos(env)
+            arguments = [self._arguments(task, share) for task, share in zip(tasks, shares.values(), strict=True)]
+            self._workers = Supervisor(run_worker, arguments, start_method, PRELOAD, timeout)
+            self._start_processes(self._workers)
+        else:
             self._workers = InProcessWorker(tasks[0], begin_episodes(env, first_reset), self.store)
-            return
-        finish_videos(env)
-        arguments = [self._arguments(task, share) for task, share in zip(tasks, shares.values(), strict=True)]
-        self._workers = Supervisor(run_worker, arguments, start_method, PRELOAD, timeout)
-        self._start_processes(self._workers)
+        self._end_of_program = EndOfProgram()
 
     def _start_processes(self, supervisor: Supervisor) -> None:
         try:
@@ -190,6 +191,7 @@ class HogwildCollector:
         :raises WorkerDiedError: if a worker died
         :raises Exception: what a worker raised
         """
+        self._end_of_program.pass_or_stay()
         while not self._assembler.has_step(flush=self._all_done):
             if self._all_done:
                 return False
@@ -266,6 +268,7 @@ class HogwildCollector:
             try:
                 self._workers.stop(impatience)
             finally:
+                self._end_of_program.cancel()
                 self._take_environments_back(impatience)
 
     def _receive_the_last(self, is_over: Callable[[], bool], impatience: Sequence[Any] = ()) -> None:

@@ -1,10 +1,41 @@
-"""Ctrl-C at a moment when it does no harm: what was received is counted, what was started is stopped."""
+"""Ctrl-C, and the end of the program, at moments when they do no harm: what was received is counted, nothing crashes."""
 
+import atexit
 import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+
+#: Seconds that the end of the program may wait for a daemon thread.
+END_SECONDS = 2.0
+
+
+class EndOfProgram:
+    """
+    When a program ends, Python before 3.14 ends its daemon threads as soon as each comes out of C++, and if it was torch's,
+    that aborts the program ("terminate called without an active exception", as with other algorithms of SB3). So a daemon
+    thread that trains stands still before: the end of the program waits until it is at :meth:`pass_or_stay`.
+    """
+
+    def __init__(self) -> None:
+        self._is_near, self._stays = threading.Event(), threading.Event()
+        if threading.current_thread().daemon:
+            atexit.register(self._wait)
+
+    def pass_or_stay(self) -> None:
+        """Stay for ever if the program is about to end."""
+        if self._is_near.is_set():
+            self._stays.set()
+            threading.Event().wait()
+
+    def _wait(self) -> None:
+        self._is_near.set()
+        self._stays.wait(END_SECONDS)
+
+    def cancel(self) -> None:
+        """There is no training any more that the end of the program would have to wait for."""
+        atexit.unregister(self._wait)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Ctrl-C comes at a moment when it does no harm, and what was learned is counted whenever it comes."""
 
+import atexit
 import contextlib
 import os
 import random
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sb3_a3c.interrupts import uninterrupted
+from sb3_a3c.interrupts import EndOfProgram, uninterrupted
 
 
 def interrupt() -> None:
@@ -40,6 +41,43 @@ def test_an_exception_in_the_block_leaves_the_handler_as_it_was() -> None:
     with pytest.raises(KeyError), uninterrupted():
         raise KeyError
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+DAEMON = """
+import multiprocessing, sys, threading
+from stable_baselines3.common.env_util import make_vec_env
+from sb3_a3c import A3C
+
+multiprocessing.set_forkserver_preload(["sb3_a3c"])
+model = A3C("MlpPolicy", make_vec_env("CartPole-v1", 4), n_workers=int(sys.argv[1]), n_steps=5)
+trains = threading.Event()
+learn = dict(total_timesteps=10**9, callback=lambda *_: trains.set() or True)
+threading.Thread(target=model.learn, kwargs=learn, daemon=True).start()
+trains.wait()
+"""
+
+
+@pytest.mark.parametrize("n_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_program_can_end_while_a_daemon_thread_trains(n_workers: int) -> None:
+    """With torch at work in such a thread, Python alone would abort it."""
+    ended = subprocess.run([sys.executable, "-c", DAEMON, str(n_workers)], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_only_a_daemon_thread_is_waited_for_and_only_while_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks: set[Any] = set()
+    monkeypatch.setattr(atexit, "register", hooks.add)
+    monkeypatch.setattr(atexit, "unregister", hooks.discard)
+    made = [EndOfProgram()]
+    assert not hooks
+    thread = threading.Thread(target=lambda: made.append(EndOfProgram()), daemon=True)
+    thread.start()
+    thread.join()
+    assert len(hooks) == 1
+    for end in made:
+        end.pass_or_stay()
+        end.cancel()
+    assert not hooks
 
 
 def test_in_other_threads_and_where_nobody_handles_interrupts_nothing_is_changed() -> None:

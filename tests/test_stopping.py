@@ -317,4 +317,4 @@ def test_ctrl_c_while_a_thread_trains(case: str, kind: str, tmp_path: Path) -> N
         found = running.found()
         if case == "thread":
             check(found, "KeyboardInterrupt")
-    assert running.stderr == ""
+    assert (running.process.returncode, running.stderr) == (0, "")
