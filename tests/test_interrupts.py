@@ -44,11 +44,10 @@ def test_an_exception_in_the_block_leaves_the_handler_as_it_was() -> None:
 
 
 DAEMON = """
-import multiprocessing, sys, threading
+import sys, threading
 from stable_baselines3.common.env_util import make_vec_env
 from sb3_a3c import A3C
 
-multiprocessing.set_forkserver_preload(["sb3_a3c"])
 model = A3C("MlpPolicy", make_vec_env("CartPole-v1", 4), n_workers=int(sys.argv[1]), n_steps=5)
 trains = threading.Event()
 learn = dict(total_timesteps=10**9, callback=lambda *_: trains.set() or True)
