@@ -20,18 +20,26 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_a3c.archive import check_archive, write_whole
+from sb3_a3c.actor_learner.config import Hyperparams
 from sb3_a3c.arguments import check_arguments, check_device, check_policy, check_spaces, check_workers
-from sb3_a3c.collector import HogwildCollector
-from sb3_a3c.envs import clone_env, pending_options, pending_seeds, unobserved
-from sb3_a3c.guard import check_finite
-from sb3_a3c.interrupts import uninterrupted
-from sb3_a3c.policies import CnnLstmPolicy, CnnPolicy, MlpLstmPolicy, MlpPolicy, MultiInputLstmPolicy, MultiInputPolicy
-from sb3_a3c.shared import check_optimizer
-from sb3_a3c.task import Settings
+from sb3_a3c.envs.sharding import clone_env
+from sb3_a3c.envs.wrapper_state import pending_options, pending_seeds, unobserved
+from sb3_a3c.policies.lstm_policies import (
+    CnnLstmPolicy,
+    CnnPolicy,
+    MlpLstmPolicy,
+    MlpPolicy,
+    MultiInputLstmPolicy,
+    MultiInputPolicy,
+)
+from sb3_a3c.processes.signals import uninterrupted
+from sb3_a3c.save_util import check_archive, write_whole
+from sb3_a3c.store.finite import check_finite
+from sb3_a3c.store.optimizer_state import check_optimizer
+from sb3_a3c.workers.collector import HogwildCollector
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
-_values_of_settings = attrgetter(*(field.name for field in fields(Settings)))
+_hyperparam_values = attrgetter(*(field.name for field in fields(Hyperparams)))
 
 
 class A3C(OnPolicyAlgorithm):
@@ -200,8 +208,8 @@ class A3C(OnPolicyAlgorithm):
         """Also those that were loaded, or changed since the constructor."""
         vars(self).update(check_arguments(vars(self)))
 
-    def _settings(self) -> Settings:
-        return Settings(*_values_of_settings(self))
+    def _hyperparams(self) -> Hyperparams:
+        return Hyperparams(*_hyperparam_values(self))
 
     def learn(
         self: SelfA3C,
@@ -269,7 +277,7 @@ class A3C(OnPolicyAlgorithm):
             self.policy,
             env,
             self._last_obs,
-            self._settings(),
+            self._hyperparams(),
             self.n_workers,
             seed=self._base_seed,
             env_seeds=self._pending_env_seeds,
@@ -285,10 +293,10 @@ class A3C(OnPolicyAlgorithm):
         """Take back what was learned, and leave no process behind."""
         if self._collector is None:
             return
-        with uninterrupted() as impatience:  # a second Ctrl-C makes it faster
+        with uninterrupted() as hurry:  # a second Ctrl-C makes it faster
             collector, self._collector = self._collector, None
             try:
-                collector.stop(impatience)
+                collector.stop(hurry)
             finally:
                 self._take_over(collector)
                 collector.store.fetch_optimizer(self.policy)
@@ -354,13 +362,13 @@ class A3C(OnPolicyAlgorithm):
     def _pass_changes_on(self) -> None:
         """A callback may have changed hyper-parameters."""
         assert self._collector is not None
-        settings = self._settings()
-        if settings != self._collector.settings:
+        hyperparams = self._hyperparams()
+        if hyperparams != self._collector.hyperparams:
             self._check_arguments()
-            settings = self._settings()
-            if settings.take_turns != self._collector.settings.take_turns:
+            hyperparams = self._hyperparams()
+            if hyperparams.take_turns != self._collector.hyperparams.take_turns:
                 raise ValueError("`take_turns` can't be changed while workers run: set it before `learn`.")
-        self._collector.change(settings)
+        self._collector.update_hyperparams(hyperparams)
 
     def train(self) -> None:
         """Take over what the workers have learned so far; the gradient steps themselves are theirs."""
@@ -377,8 +385,6 @@ class A3C(OnPolicyAlgorithm):
         if self._collector is not None:
             self.logger.record("train/learning_rate", self.lr_schedule(self._current_progress_remaining))
             self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-            if self.verbose >= 1 and (hint := self._collector.take_hint()):
-                print(hint)
             for key, value in self._collector.statistics.pop().items():
                 self.logger.record(key, value)
             if self._collector.n_restarts > 0:

@@ -14,7 +14,7 @@ class WorkerDiedError(A3CError, RuntimeError):
     worker: int = -1  #: its index
 
 
-class WorkerTracebackError(A3CError):
+class RemoteTraceback(A3CError):  # noqa: N818
     """
     The traceback of an exception that a worker raised, as text. It is the ``__cause__`` of the exception that
     ``learn`` raises, so that the lines that failed in the other process are printed too.
@@ -22,6 +22,10 @@ class WorkerTracebackError(A3CError):
 
     def __str__(self) -> str:
         return f'\n"""\n{self.args[0]}"""' if self.args else ""
+
+
+#: The name in 0.1.0.
+WorkerTracebackError = RemoteTraceback
 
 
 class DivergenceError(A3CError, ValueError):

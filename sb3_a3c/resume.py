@@ -16,7 +16,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_a3c.a3c import A3C
-from sb3_a3c.archive import write_whole
+from sb3_a3c.save_util import write_whole
 
 
 def newest_model(folder: Path, with_statistics: bool = False) -> Path | None:

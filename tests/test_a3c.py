@@ -24,7 +24,7 @@ from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (imports slowly: not inside a test with a time limit)
 
-from sb3_a3c import A3C, WorkerDiedError, WorkerTracebackError
+from sb3_a3c import A3C, RemoteTraceback, WorkerDiedError
 
 BOTH = pytest.mark.parametrize("n_workers", [0, 2])
 
@@ -334,7 +334,7 @@ def test_an_environments_exception_reaches_the_user(n_workers: int) -> None:
     assert time.monotonic() - began < 5
     assert not workers()
     if n_workers > 0:
-        assert isinstance(caught.value.__cause__, WorkerTracebackError)
+        assert isinstance(caught.value.__cause__, RemoteTraceback)
         assert "the level file is gone" in str(caught.value.__cause__)
         assert "test_a3c.py" in str(caught.value.__cause__)
     assert model._n_updates > 0

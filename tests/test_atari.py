@@ -30,7 +30,8 @@ from stable_baselines3.common.vec_env import (
 
 from sb3_a3c import A3C
 from sb3_a3c.atari import make_ale_vec_env
-from sb3_a3c.envs import FirstReset, split_env
+from sb3_a3c.envs.sharding import split_env
+from sb3_a3c.envs.wrapper_state import FirstReset
 
 PONG, BREAKOUT, INVADERS = (f"{game}NoFrameskip-v4" for game in ("Pong", "Breakout", "SpaceInvaders"))
 SHORT_GAMES: dict[str, Any] = {"max_num_frames_per_episode": 100}

@@ -4,10 +4,10 @@ import pickle
 
 import pytest
 
-from sb3_a3c.errors import A3CError, DivergenceError, WorkerDiedError, WorkerTracebackError
+from sb3_a3c.errors import A3CError, DivergenceError, RemoteTraceback, WorkerDiedError
 
 
-@pytest.mark.parametrize("kind", [WorkerDiedError, WorkerTracebackError, DivergenceError])
+@pytest.mark.parametrize("kind", [WorkerDiedError, RemoteTraceback, DivergenceError])
 def test_all_are_a3c_errors_and_can_be_pickled(kind: type[A3CError]) -> None:
     error = pickle.loads(pickle.dumps(kind("what happened")))
     assert type(error) is kind

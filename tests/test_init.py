@@ -104,7 +104,7 @@ def test_public_names() -> None:
         "MultiInputLstmPolicy",
         "MultiInputPolicy",
         "WorkerDiedError",
-        "WorkerTracebackError",
+        "RemoteTraceback",
         "__version__",
     ]
     assert all(hasattr(sb3_a3c, name) for name in sb3_a3c.__all__)

@@ -23,7 +23,6 @@ from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_a3c import A3C, resume
-from sb3_a3c.archive import write_whole
 from sb3_a3c.resume import (
     carry_over_monitor_files,
     continue_evaluations,
@@ -31,6 +30,7 @@ from sb3_a3c.resume import (
     save_with_statistics,
     statistics_path,
 )
+from sb3_a3c.save_util import write_whole
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "train_atari.py"
 
@@ -450,7 +450,7 @@ def episodes(folder: Path) -> set[tuple[float, ...]]:
     return found
 
 
-class Progress(NamedTuple):
+class RolloutFinished(NamedTuple):
     """What a model has behind it."""
 
     timesteps: int
@@ -459,7 +459,7 @@ class Progress(NamedTuple):
     rewards: float  #: how many the statistics are of
 
 
-def progress(path: Path, normalize: bool) -> Progress:
+def progress(path: Path, normalize: bool) -> RolloutFinished:
     model = A3C.load(path)
     moments = [float(state["step"]) for state in model.policy.optimizer.state.values()]
     count = 0.0
@@ -469,7 +469,7 @@ def progress(path: Path, normalize: bool) -> Progress:
         # workers are ahead of what callbacks have seen, at each checkpoint that was gone on from
         assert model.num_timesteps <= count < model.num_timesteps + 5 * SAVE_FREQ
     assert 0.8 * model._n_updates < min(moments) <= max(moments) <= model._n_updates + 10  # Hogwild may lose a few
-    return Progress(model.num_timesteps, model._n_updates, min(moments), count)
+    return RolloutFinished(model.num_timesteps, model._n_updates, min(moments), count)
 
 
 def check_monitor_files(folder: Path, before: set[tuple[float, ...]]) -> None:
@@ -525,7 +525,7 @@ def test_killed_again_and_again(normalize: bool, tmp_path: Path) -> None:
     folder = tmp_path / "logs" / GAME
     generator = np.random.default_rng(int(normalize))
     options = ["--eval-freq", "1500", *(["--normalize-reward"] if normalize else [])]
-    before, played = Progress(0, 0, 0.0, 0.0), set[tuple[float, ...]]()
+    before, played = RolloutFinished(0, 0, 0.0, 0.0), set[tuple[float, ...]]()
     for i in range(6):
         with example(tmp_path, *options) as process:
             if i == 0:

@@ -16,7 +16,7 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from sb3_a3c.convolutions import BabyCNN
+from sb3_a3c.policies.torch_layers import BabyCNN
 
 N_STEPS, GAMMA, ENT_COEF, MAX_GRAD_NORM = 20, 0.99, 0.01, 40.0
 Memory = tuple[th.Tensor, th.Tensor]

@@ -19,18 +19,22 @@ import cloudpickle
 import numpy as np
 import torch as th
 
-from sb3_a3c import A3C, shared, worker
+from sb3_a3c import A3C
+from sb3_a3c.actor_learner import acting, actor_learner
+from sb3_a3c.actor_learner.actor_learner import ActorLearner
+from sb3_a3c.actor_learner.config import WorkerConfig
 from sb3_a3c.atari import make_ale_vec_env
-from sb3_a3c.channel import WorkerChannel
-from sb3_a3c.shared import ParameterStore
-from sb3_a3c.task import WorkerTask
-from sb3_a3c.worker import ActorLearner
+from sb3_a3c.envs import non_finite
+from sb3_a3c.processes.channel import WorkerChannel
+from sb3_a3c.store import replica
+from sb3_a3c.store.shared_memory import SharedMemoryStore
 
 WATCHED = [
-    (worker, "zero_faulty"),
-    (worker, "fault_of_rollout"),
-    (worker, "fault_of_gradient"),
-    (shared, "all_finite"),
+    (acting, "zero_non_finite"),
+    (non_finite, "zero_non_finite"),
+    (actor_learner, "check_rollout"),
+    (actor_learner, "check_gradient"),
+    (replica, "all_finite"),
     (WorkerChannel, "works"),
     (WorkerChannel, "rests"),
 ]
@@ -59,9 +63,9 @@ def main() -> None:
         setattr(place, name, timed(getattr(place, name)))
     env = make_ale_vec_env("PongNoFrameskip-v4", args.n_envs, seed=0)
     model = A3C("CnnLstmPolicy", env, n_workers=0, seed=0)
-    task = WorkerTask(0, 0, tuple(range(args.n_envs)), cloudpickle.dumps(model.policy), model._settings(), 0, 10**9)
+    config = WorkerConfig(0, 0, tuple(range(args.n_envs)), cloudpickle.dumps(model.policy), model._hyperparams())
     channel = WorkerChannel(None, queue.SimpleQueue(), th.zeros(2, dtype=th.int64), 0)  # type: ignore[arg-type]
-    learner = ActorLearner(task, model.env, ParameterStore(model.policy, 1), channel.works)  # type: ignore[arg-type]
+    learner = ActorLearner(config, model.env, SharedMemoryStore(model.policy, 1), channel.works)  # type: ignore[arg-type]
     for _ in range(5):  # torch warms up
         learner.rollout()
         channel.rests()

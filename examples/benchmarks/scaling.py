@@ -27,8 +27,8 @@ from measuring import Clock, in_a_process_of_its_own, machine
 from stable_baselines3.common.env_util import make_atari_env
 
 from sb3_a3c import A3C
-from sb3_a3c.service import keep_freed_memory
-from sb3_a3c.shared import ParameterStore, Replica
+from sb3_a3c.store.shared_memory import SharedMemoryStore
+from sb3_a3c.workers.worker_main import keep_freed_memory
 
 gym.register_envs(ale_py)
 
@@ -45,12 +45,14 @@ def train(n_workers: int, seconds: float) -> float:
     return clock.steps_per_second
 
 
-def pull_and_push(store: ParameterStore, policy: bytes, worker: int, seconds: float, everybody: Any, answers: Any) -> None:
+def pull_and_push(
+    store: SharedMemoryStore, policy: bytes, worker: int, seconds: float, everybody: Any, answers: Any
+) -> None:
     """Body of a process: answers with rows of (when it began, seconds of the pull, seconds of the push)."""
     th.set_num_threads(1)  # as workers do
     keep_freed_memory()
     replica_policy = pickle.loads(policy)
-    replica = Replica(store, replica_policy, worker)
+    replica = store.replica(replica_policy, worker)
     parameters = list(replica_policy.parameters())
     gradients = [1e-3 * th.randn_like(parameter) for parameter in parameters]
     rows: list[tuple[float, float, float]] = []
@@ -79,7 +81,7 @@ def time_replicas(lstm_size: int, n_processes: int, seconds: float) -> tuple[int
     env = make_atari_env(ENV, 1)
     policy = A3C("CnnLstmPolicy", env, policy_kwargs=dict(lstm_hidden_size=lstm_size)).policy
     env.close()
-    store = ParameterStore(policy, n_processes)
+    store = SharedMemoryStore(policy, n_processes)
     context = multiprocessing.get_context("spawn")
     everybody, answers = context.Barrier(n_processes), context.Queue()
     processes = [

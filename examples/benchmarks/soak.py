@@ -24,7 +24,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_a3c import A3C
 from sb3_a3c.atari import make_ale_vec_env
-from sb3_a3c.collector import HogwildCollector
+from sb3_a3c.workers.collector import HogwildCollector
 
 
 class Timer(BaseCallback):

@@ -32,8 +32,8 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from sb3_a3c import A3C
 from sb3_a3c.atari import make_ale_vec_env
-from sb3_a3c.policies import CnnLstmPolicy
-from sb3_a3c.service import keep_freed_memory
+from sb3_a3c.policies.lstm_policies import CnnLstmPolicy
+from sb3_a3c.workers.worker_main import keep_freed_memory
 
 gym.register_envs(ale_py)
 
@@ -115,36 +115,36 @@ def lower_bound(env_id: str, seconds: float, make_env: MakeEnv = make_atari_env)
     space = gym.spaces.Box(0, 255, (1, 84, 84), np.uint8)
     policy = CnnLstmPolicy(space, env.action_space, lambda _: 1e-4)
     networks = {
-        f"{n_envs} environments, {way}": _network_microseconds(policy, n_envs, way == "on a tape", seconds / 2 / 8)
+        f"{n_envs} environments, {way}": _network_microseconds(policy, n_envs, way == "on a cache", seconds / 2 / 8)
         for n_envs in (4, 8, 16, 32)
-        for way in ("all steps at once", "on a tape")
+        for way in ("all steps at once", "on a cache")
     }
     network = min(networks.values())
     steps_per_second = len(os.sched_getaffinity(0)) * 1e6 / (emulator + network)
     return {"steps/s": steps_per_second, "emulator": emulator, "network": network, **networks}
 
 
-def _network_microseconds(policy: CnnLstmPolicy, n_envs: int, taped: bool, seconds: float, n_steps: int = 20) -> float:
+def _network_microseconds(policy: CnnLstmPolicy, n_envs: int, cached: bool, seconds: float, n_steps: int = 20) -> float:
     """
     One forward and one backward pass over rollouts of ``n_envs`` environments, for each of their steps: a whole rollout at
-    once with PyTorch's gradient, or step by step on a tape.
+    once with PyTorch's gradient, or step by step into a cache.
     """
     obs = th.randint(0, 256, (n_steps * n_envs, 1, 84, 84), dtype=th.uint8)
     actions = th.zeros(n_steps * n_envs, dtype=th.int64)
     starts = th.zeros(n_steps, n_envs, dtype=th.bool)
     first_state = policy.initial_state(n_envs)
-    tape = policy.new_tape(n_steps, [slice(0, n_envs)]) if taped else None
+    cache = policy.new_activation_cache(n_steps, [slice(0, n_envs)]) if cached else None
     n_passes, begin = -1, 0.0
     while n_passes < 1 or time.perf_counter() - begin < seconds:
-        policy.set_training_mode(tape is None)
-        if tape is not None:
-            tape.rewind()
+        policy.set_training_mode(cache is None)
+        if cache is not None:
+            cache.clear()
             state = first_state
             for images, now in zip(th.split(obs, n_envs), starts, strict=True):
                 with th.no_grad():
-                    _, _, state = policy.act(images, state, now, tape)
-        chunk_tape = None if tape is None else tape.chunk_tapes()[0]
-        values, log_prob, entropy = policy.evaluate_actions(obs, actions, first_state, starts, chunk_tape)
+                    _, _, state = policy.act(images, state, now, cache)
+        chunk_cache = None if cache is None else cache.chunk_caches()[0]
+        values, log_prob, entropy = policy.evaluate_actions(obs, actions, first_state, starts, chunk_cache)
         assert entropy is not None
         (values.sum() + log_prob.sum() + entropy.sum()).backward()  # type: ignore[no-untyped-call]
         policy.zero_grad()

@@ -1,0 +1,34 @@
+"""What a worker is told at its start, and which part of it may change while it runs."""
+
+from dataclasses import dataclass
+
+from stable_baselines3.common.type_aliases import Schedule
+
+
+@dataclass(frozen=True)
+class Hyperparams:
+    """The hyper-parameters of a worker; the names are those of :class:`sb3_a3c.A3C`. A callback may change them."""
+
+    n_steps: int
+    gamma: float
+    gae_lambda: float
+    ent_coef: float
+    vf_coef: float
+    max_grad_norm: float
+    normalize_advantage: bool
+    use_sde: bool
+    sde_sample_freq: int
+    envs_per_update: int
+    take_turns: bool
+    lr_schedule: Schedule
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """All that a worker knows at its start."""
+
+    index: int
+    seed: int
+    env_indices: tuple[int, ...]  #: which of the user's environments are this worker's
+    policy: bytes  #: pickled
+    hyperparams: Hyperparams

@@ -1,0 +1,101 @@
+"""What a worker reports after each rollout: transitions for the callbacks, sums for the logger, and where its time went."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sb3_a3c.actor_learner.loss import LossTerms
+from sb3_a3c.envs.observations import Obs
+
+ACTIVITIES = ("acting", "stepping", "learning", "sharing")
+
+
+@dataclass
+class RolloutStatistics:
+    """Sums over one rollout of one worker, so that rollouts of different sizes pool exactly."""
+
+    n_transitions: int = 0  #: learned from
+    policy_loss: float = 0.0  #: sums over transitions of the objective's terms (not yet weighted by coefficients) …
+    value_loss: float = 0.0
+    entropy: float = 0.0
+    return_moments: tuple[float, float] = (0.0, 0.0)  #: … of the returns and their squares,
+    error_moments: tuple[float, float] = (0.0, 0.0)  #: … of ``returns - values`` and their squares
+    n_updates: int = 0
+    grad_norm: float = 0.0  #: sums over updates, before clipping
+    staleness: int = 0
+    skipped_updates: int = 0  #: updates dropped because something was not finite
+    fault: str = ""  #: what that was, at the last of them
+    seconds: dict[str, float] = field(default_factory=dict)  #: spent on each of :data:`ACTIVITIES`
+
+    def add_update(
+        self,
+        terms: LossTerms,
+        returns: npt.NDArray[np.floating],
+        values: npt.NDArray[np.floating],
+        grad_norm: float,
+        staleness: int,
+    ) -> None:
+        """
+        :param terms: of the loss whose gradient was pushed
+        :param returns: (T, n), of the environments learned from
+        :param values: (T, n), V of the states acted in
+        :param grad_norm: before clipping
+        :param staleness: of the gradient
+        """
+        n_envs = returns.shape[1]
+        self.n_updates += 1
+        self.n_transitions += returns.size
+        self.policy_loss += terms.policy_loss.item() * n_envs
+        self.value_loss += terms.value_loss.item() * n_envs
+        self.entropy += terms.entropy.item() * n_envs
+        self.return_moments = added(self.return_moments, moments(returns))
+        self.error_moments = added(self.error_moments, moments(returns - values))
+        self.grad_norm += grad_norm
+        self.staleness += staleness
+
+
+@dataclass(frozen=True)
+class Report:
+    """One rollout of one worker. T = n_steps, N = environments of this worker."""
+
+    env_indices: Sequence[int]  #: which of the user's environments these are (N,)
+    rewards: npt.NDArray[np.float32]  #: (T, N)
+    dones: npt.NDArray[np.bool_]  #: (T, N)
+    actions: npt.NDArray[Any]  #: (T, N, …), as the policy chose them
+    infos: list[list[dict[str, Any]]]  #: T lists of N
+    last_obs: Obs  #: (N, …), the observations after the last step
+    statistics: RolloutStatistics
+
+
+class Timer:
+    """Adds up the seconds that each activity of a rollout takes, starting now."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(ACTIVITIES, 0.0)
+        self._last = time.perf_counter()
+
+    def spent(self, activity: str) -> None:
+        """
+        Count the time since the last call.
+
+        :param activity: what it was spent on, one of :data:`ACTIVITIES`
+        """
+        now = time.perf_counter()
+        self.seconds[activity] += now - self._last
+        self._last = now
+
+
+def moments(x: npt.NDArray[np.floating]) -> tuple[float, float]:
+    """:return: the sums of the numbers and of their squares, in double precision: they are pooled and subtracted later"""
+    x = x.astype(np.float64)
+    return float(x.sum()), float(np.square(x).sum())
+
+
+def added(a: Iterable[float], b: Iterable[float]) -> tuple[float, float]:
+    """:return: the moments of all numbers, from the moments of two disjoint sets of them"""
+    first, second = (x + y for x, y in zip(a, b, strict=True))
+    return first, second

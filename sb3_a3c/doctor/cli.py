@@ -1,0 +1,195 @@
+"""
+``python -m sb3_a3c.doctor --env PongNoFrameskip-v4 --n-envs 16``: what goes wrong on real machines, checked before a long
+run, with a fix for each finding.
+"""
+
+import argparse
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import gymnasium as gym
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_a3c.a3c import A3C
+from sb3_a3c.arguments import check_arguments
+from sb3_a3c.doctor.checks import (
+    Finding,
+    Level,
+    check_cores,
+    check_gradient,
+    check_memory,
+    check_open_files,
+    check_shared_memory,
+    check_start,
+    check_threads,
+    check_training,
+    failed_start,
+    failed_training,
+    unknown,
+    unusable_environment,
+)
+from sb3_a3c.doctor.short_run import N_PUSHES, default_policy, gradient_mismatch, make_env, start_workers, train
+from sb3_a3c.processes.machine import available_memory, cpu_quota, file_limits, free_shared_memory, n_cores, n_open_files
+from sb3_a3c.processes.start import process_context
+from sb3_a3c.store.shared_memory import SharedMemoryStore
+
+#: Exit status of a shell for what Ctrl-C has ended.
+INTERRUPTED = 130
+_PACKAGES = ("torch", "stable-baselines3", "sb3-contrib", "gymnasium", "numpy", "ale-py")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Make all checks, and print a line for each as soon as it is made.
+
+    :param argv: the command line; None: that of the process
+    :return: exit status: 1 if something would stop a run
+    """
+    args = _parsed(argv)
+    worst_is_problem = False
+    try:
+        for finding in findings(args):
+            print(f"{finding.level:<8} {finding.name:<14} {finding.text}", flush=True)
+            if finding.fix:
+                print(f"         fix: {finding.fix}", flush=True)
+            worst_is_problem |= finding.level is Level.PROBLEM
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    return int(worst_is_problem)
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m sb3_a3c.doctor",
+        description="Check this machine before a long run of A3C, and say how to fix what is wrong.",
+        epilog="Exit status: 0 if nothing would stop a run, 1 if something would.",
+    )
+    parser.add_argument(
+        "--env",
+        metavar="ID",
+        default=_default_env(),
+        help="what you are going to train on, because memory depends on it; your own as module:Id-v0. Default: %(default)s "
+        "(Pong where Atari is installed: that then has to work, and needs most; else CartPole, which is always there)",
+    )
+    parser.add_argument("--n-envs", type=int, default=16, help="number of environments (default: %(default)s)")
+    parser.add_argument(
+        "--n-workers", type=int, help="as A3C's; default: one for each core, at most one for each environment; 0: no process"
+    )
+    parser.add_argument(
+        "--policy", choices=sorted(A3C.policy_aliases), help="default: the LSTM policy for what the environment observes"
+    )
+    parser.add_argument("--start-method", choices=("forkserver", "spawn"), help="as A3C's; default: the platform's best")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        help="seconds to wait for workers and for rollouts (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    try:
+        check_arguments({"n_workers": args.n_workers, "start_method": args.start_method})
+    except ValueError as error:
+        parser.error(str(error))
+    if args.n_envs < max(1, args.n_workers or 0):
+        parser.error(f"--n-envs {args.n_envs}: each worker needs an environment, so at least {max(1, args.n_workers or 0)}")
+    return args
+
+
+def _default_env() -> str:
+    has_atari = all(importlib.util.find_spec(name) for name in ("ale_py", "cv2"))
+    return "PongNoFrameskip-v4" if has_atari else "CartPole-v1"
+
+
+def findings(args: argparse.Namespace) -> Iterator[Finding]:
+    """
+    :param args: of the command line
+    :return: what each check finds, one after another; what can't be checked before something else works is left out
+    """
+    n_workers = min(n_cores(), args.n_envs) if args.n_workers is None else args.n_workers
+    yield versions()
+    yield check_cores(max(1, n_workers), n_cores(), cpu_quota())
+    yield check_open_files(file_limits(), n_open_files(), n_workers, args.n_envs)
+    try:
+        env = make_env(args.env, args.n_envs)
+    except Exception as error:
+        yield unusable_environment(args.env, error, gym.registry)
+        yield _start(n_workers, args)
+        yield unknown("others", "they need the environment")
+        return
+    try:
+        yield from _findings_of_a_run(env, n_workers, args)
+    finally:
+        env.close()
+
+
+def versions() -> Finding:
+    """:return: what a bug report should begin with"""
+    found = []
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"no {package}")
+    return Finding("versions", Level.OK, f"Python {platform.python_version()}, {', '.join(found)}, {platform.platform()}")
+
+
+def _findings_of_a_run(env: VecEnv, n_workers: int, args: argparse.Namespace) -> Iterator[Finding]:
+    """What depends on the environment: first what would end this very process, then what would end workers."""
+    policy = args.policy or default_policy(env.observation_space)
+    try:
+        model = A3C(policy, env, n_workers=args.n_workers, start_method=args.start_method)
+        assert model.env is not None
+        obs: Any = model.env.reset()  # never a tuple: A3C has checked the spaces
+    except Exception as error:
+        fix = f"--policy {default_policy(env.observation_space)}, or change the environment as the message says"
+        yield Finding("environment", Level.PROBLEM, f"{args.env} with {policy}: {type(error).__name__}: {error}", fix)
+        return
+    yield Finding("environment", Level.OK, f"{args.n_envs} x {args.env}, {policy}")
+    needed = SharedMemoryStore(model.policy, max(1, n_workers), share_memory=False).n_bytes
+    shared_memory = check_shared_memory(free_shared_memory(), needed)
+    yield shared_memory
+    if shared_memory.level is Level.PROBLEM:
+        yield unknown("others", "they need shared memory")
+        return
+    n_weights = sum(parameter.numel() for parameter in model.policy.parameters())
+    optimizer = type(model.policy.optimizer).__name__
+    compared = f"{N_PUSHES} pushes moved {n_weights:,} shared weights exactly as torch's {optimizer}"
+    yield check_gradient(gradient_mismatch(model.policy, obs), compared)
+    start = _start(n_workers, args)
+    yield start
+    if start.level is Level.PROBLEM:
+        yield unknown("others", "they need workers")
+        return
+    yield from _findings_of_a_training(model, n_workers, args.timeout)
+
+
+def _start(n_workers: int, args: argparse.Namespace) -> Finding:
+    if n_workers == 0:
+        return unknown("start", "without workers, nothing has to be started")
+    method = process_context(args.start_method).get_start_method()
+    try:
+        return check_start(n_workers, method, start_workers(n_workers, args.start_method, args.timeout))
+    except Exception as error:
+        return failed_start(n_workers, method, error)
+
+
+def _findings_of_a_training(model: A3C, n_workers: int, timeout: float) -> Iterator[Finding]:
+    available = available_memory()
+    try:
+        short = train(model, timeout)
+    except Exception as error:
+        yield failed_training(error, n_workers)
+        return
+    yield check_training(n_workers, short.n_workers, short.n_steps, short.n_updates, short.seconds, short.has_moved)
+    usable = max(1, int(min(n_cores(), cpu_quota() or n_cores())))
+    yield check_threads(short.n_threads, max(1, short.n_workers), usable, os.environ.get("OMP_NUM_THREADS"))
+    yield check_memory(short.memory, available)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A worker's share of the user's vectorised environment."""

@@ -1,0 +1,329 @@
+"""
+The policies of A3C: one LSTM trunk shared by actor and critic, and the feed-forward policies of Stable-Baselines3.
+
+Shapes in this module: a rollout of ``n_steps`` steps of ``n_envs`` environments is a batch in time-major order, flattened
+to (n_steps * n_envs, …); ``episode_starts`` is (n_steps, n_envs) and tells both numbers. Acting is a rollout of one step.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
+from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, MlpExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+
+from sb3_a3c.policies.activation_cache.cache import ActivationCache, ChunkCache, new_activation_cache
+from sb3_a3c.policies.overrides import is_overridden
+from sb3_a3c.policies.sampling import sample_actions, to_env_actions
+from sb3_a3c.policies.torch_layers import BabyCNN, LstmState, run_lstm
+
+MlpPolicy = ActorCriticPolicy
+CnnPolicy = ActorCriticCnnPolicy
+MultiInputPolicy = MultiInputActorCriticPolicy
+
+
+class LstmActorCriticPolicy(ActorCriticPolicy):
+    """
+    Actor and critic over one LSTM. The gradients of *both* heads flow through it (in sb3-contrib's shared LSTM the
+    critic's does not). Alias: ``MlpLstmPolicy``.
+
+    Parameters that are not listed are those of SB3's ``ActorCriticPolicy``; the features extractor is always shared.
+
+    :param net_arch: layers between the LSTM and the heads; default: none, the heads are linear
+    :param lstm_hidden_size: number of hidden units of each LSTM layer
+    :param n_lstm_layers: number of LSTM layers
+    :param lstm_kwargs: further arguments for ``th.nn.LSTM`` (``dropout``, ``bias``)
+    :param channels_last: keep convolution weights in ``th.channels_last``, which CPUs compute up to twice as fast
+    :raises ValueError: if ``lstm_kwargs`` asks for a bidirectional, batch-first or projected LSTM
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.Tanh,
+        ortho_init: bool = True,
+        use_sde: bool = False,
+        log_std_init: float = 0.0,
+        full_std: bool = True,
+        use_expln: bool = False,
+        squash_output: bool = False,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        lstm_hidden_size: int = 256,
+        n_lstm_layers: int = 1,
+        lstm_kwargs: dict[str, Any] | None = None,
+        channels_last: bool = True,
+    ) -> None:
+        self.channels_last = channels_last
+        self.lstm_hidden_size = lstm_hidden_size
+        self.n_lstm_layers = n_lstm_layers
+        self.lstm_kwargs = lstm_kwargs or {}
+        for name in ("bidirectional", "batch_first", "proj_size"):
+            if self.lstm_kwargs.get(name):
+                raise ValueError(f"lstm_kwargs: `{name}` is not possible in a policy that acts step by step; leave it out.")
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            [] if net_arch is None else net_arch,
+            activation_fn,
+            ortho_init,
+            use_sde,
+            log_std_init,
+            full_std,
+            use_expln,
+            squash_output,
+            features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images=normalize_images,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+        )
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            lstm_hidden_size=self.lstm_hidden_size,
+            n_lstm_layers=self.n_lstm_layers,
+            lstm_kwargs=self.lstm_kwargs,
+            channels_last=self.channels_last,
+        )
+        return data
+
+    def _build_mlp_extractor(self) -> None:
+        # SB3 calls this between features extractor and heads, before it makes the optimizer: the trunk's place.
+        self.lstm = nn.LSTM(int(self.features_dim), self.lstm_hidden_size, self.n_lstm_layers, **self.lstm_kwargs)
+        self.mlp_extractor = MlpExtractor(
+            self.lstm_hidden_size, net_arch=self.net_arch, activation_fn=self.activation_fn, device=self.device
+        )
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        super()._build(lr_schedule)
+        if self.channels_last:
+            for weight in self.features_extractor.parameters():
+                if weight.dim() == 4:  # after the initialisation, which needs contiguous weights
+                    weight.data = weight.data.clone(memory_format=th.channels_last)
+
+    def initial_state(self, n_envs: int) -> LstmState:
+        """:return: zeros, as at the start of an episode"""
+        shape = (self.n_lstm_layers, n_envs, self.lstm_hidden_size)
+        return tuple(th.zeros(shape, dtype=self._dtype, device=self.device) for _ in range(2))
+
+    @property
+    def _dtype(self) -> th.dtype:
+        return next(self.lstm.parameters()).dtype
+
+    def extract_features(self, obs: PyTorchObs, features_extractor: Callable[[Any], th.Tensor] | None = None) -> th.Tensor:
+        """As SB3's, but in the precision of the parameters (SB3's preprocessing makes float32 whatever that is)."""
+        preprocessed = preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
+        if isinstance(preprocessed, dict):
+            preprocessed = {key: value.to(self._dtype) for key, value in preprocessed.items()}
+        else:
+            preprocessed = preprocessed.to(self._dtype)
+        features: th.Tensor = (features_extractor or self.features_extractor)(preprocessed)
+        return features
+
+    def new_activation_cache(self, n_steps: int, chunks: Sequence[slice]) -> ActivationCache | None:
+        """
+        :param n_steps: that are going to be acted
+        :param chunks: environments that are then evaluated at a time; together all of them, in order
+        :return: what saves :meth:`evaluate_actions` a second forward pass; None if that can't be
+        """
+        if is_overridden(self, LstmActorCriticPolicy, "extract_features", "forward", "act", "evaluate_actions"):
+            return None
+        return new_activation_cache(self.features_extractor, self.lstm, n_steps, chunks)
+
+    def forward(  # type: ignore[override]
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, deterministic: bool = False
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, LstmState]:
+        """
+        One step of ``n_envs`` environments.
+
+        :param obs: (n_envs, …)
+        :param state: state before the step
+        :param episode_starts: (n_envs,), bool: whose state is to be zeroed first
+        :param deterministic: take the mode instead of a sample
+        :return: actions (n_envs, …), values (n_envs, 1), log-probabilities (n_envs,), and the state after the step
+        """
+        latent, state = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts[None])
+        distribution, values = self._heads(latent)
+        actions = distribution.get_actions(deterministic=deterministic)
+        log_prob = distribution.log_prob(actions)
+        assert self.action_space.shape is not None
+        return actions.reshape((-1, *self.action_space.shape)), values, log_prob, state
+
+    def act(
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, cache: ActivationCache | None = None
+    ) -> tuple[th.Tensor, th.Tensor, LstmState]:
+        """
+        What a worker needs of a step, without log-probabilities.
+
+        :param obs: (n_envs, …)
+        :param state: state before the step
+        :param episode_starts: (n_envs,), bool: whose state is to be zeroed first
+        :param cache: record the step on it, for :meth:`evaluate_actions`
+        :return: actions (n_envs, …), values (n_envs, 1), and the state after the step
+        """
+        if is_overridden(self, LstmActorCriticPolicy, "forward"):
+            actions, values, _, state = self.forward(obs, state, episode_starts)
+            return actions, values, state
+        if cache is None:
+            latent, state = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts[None])
+        else:
+            latent, state = cache.record(self.extract_features(obs, cache.extractor), state, episode_starts)
+        values = self.value_net(self.mlp_extractor.forward_critic(latent))
+        return sample_actions(self, self.mlp_extractor.forward_actor(latent)), values, state
+
+    def _heads(self, latent: th.Tensor) -> tuple[Distribution, th.Tensor]:
+        """(batch, lstm_hidden_size) -> distribution of actions, values (batch, 1)"""
+        values = self.value_net(self.mlp_extractor.forward_critic(latent))
+        return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent)), values
+
+    def evaluate_actions(  # type: ignore[override]
+        self,
+        obs: PyTorchObs,
+        actions: th.Tensor,
+        state: LstmState,
+        episode_starts: th.Tensor,
+        cache: ChunkCache | None = None,
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """
+        Evaluate the actions of a whole rollout, with gradients through time.
+
+        :param obs: (n_steps * n_envs, …)
+        :param actions: (n_steps * n_envs, …)
+        :param state: state before the first step
+        :param episode_starts: (n_steps, n_envs), bool
+        :param cache: of these steps, with the parameters as they are: it is replayed instead of computing them anew
+        :return: values (n_steps * n_envs, 1), log-probabilities and entropies (n_steps * n_envs,)
+        """
+        if cache is None:
+            latent, _ = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts)
+        else:
+            features = None if cache.convolutions is None else cache.convolutions.replay()
+            latent = cache.lstm.replay(features, cache.envs)
+        distribution, values = self._heads(latent)
+        return values, distribution.log_prob(actions), distribution.entropy()
+
+    def predict_values(  # type: ignore[override]
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor
+    ) -> th.Tensor:
+        """
+        :param obs: (n_envs, …)
+        :param state: state before the step
+        :param episode_starts: (n_envs,), bool
+        :return: values (n_envs, 1)
+        """
+        latent, _ = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts[None])
+        values: th.Tensor = self.value_net(self.mlp_extractor.forward_critic(latent))
+        return values
+
+    def get_distribution(  # type: ignore[override]
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor
+    ) -> tuple[Distribution, LstmState]:
+        """
+        :param obs: (n_envs, …)
+        :param state: state before the step
+        :param episode_starts: (n_envs,), bool
+        :return: the distribution of actions, and the state after the step
+        """
+        latent, state = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts[None])
+        return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent)), state
+
+    def predict(
+        self,
+        observation: npt.NDArray[Any] | dict[str, npt.NDArray[Any]],
+        state: tuple[npt.NDArray[Any], ...] | None = None,
+        episode_start: npt.NDArray[Any] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[npt.NDArray[Any], tuple[npt.NDArray[Any], ...] | None]:
+        """
+        Action for an observation and a hidden state; the calling convention of sb3-contrib's recurrent policies.
+        Without ``state`` the policy starts with an empty memory: pass back the state that the last call returned.
+
+        :param observation: one observation or a batch of them
+        :param state: hidden and cell state, each (n_lstm_layers, n_envs, lstm_hidden_size)
+        :param episode_start: (n_envs,), whether the observation is the first of an episode (its state is zeroed first)
+        :param deterministic: take the mode instead of a sample
+        :return: the action(s) and the next state
+        """
+        self.set_training_mode(False)
+        obs, vectorized = self.obs_to_tensor(observation)
+        n_envs = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
+        with th.no_grad():
+            before = self.initial_state(n_envs)
+            if state is not None:
+                before = tuple(th.as_tensor(new).to(zeros) for new, zeros in zip(state, before, strict=True))
+            starts = th.zeros(n_envs, dtype=th.bool)
+            if episode_start is not None:
+                starts = th.as_tensor(np.asarray(episode_start, dtype=bool)).reshape(n_envs)
+            distribution, after = self.get_distribution(obs, before, starts.to(self.device))
+            actions = distribution.get_actions(deterministic=deterministic).cpu().numpy()
+        assert self.action_space.shape is not None
+        env_actions = to_env_actions(self, actions.reshape((-1, *self.action_space.shape)))
+        if not vectorized:
+            env_actions = env_actions.squeeze(axis=0)
+        return env_actions, tuple(part.cpu().numpy() for part in after)
+
+
+class LstmActorCriticCnnPolicy(LstmActorCriticPolicy):
+    """As :class:`LstmActorCriticPolicy`, for images: :class:`BabyCNN` before the LSTM. Alias: ``CnnLstmPolicy``."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        *,
+        features_extractor_class: type[BaseFeaturesExtractor] = BabyCNN,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            features_extractor_class=features_extractor_class,
+            **kwargs,
+        )
+
+
+class LstmMultiInputActorCriticPolicy(LstmActorCriticPolicy):
+    """
+    As :class:`LstmActorCriticPolicy`, for dictionaries of observations: SB3's ``CombinedExtractor`` before the LSTM.
+    Alias: ``MultiInputLstmPolicy``.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        *,
+        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            features_extractor_class=features_extractor_class,
+            **kwargs,
+        )
+
+
+MlpLstmPolicy = LstmActorCriticPolicy
+CnnLstmPolicy = LstmActorCriticCnnPolicy
+MultiInputLstmPolicy = LstmMultiInputActorCriticPolicy

@@ -1,0 +1,129 @@
+"""
+The convolutions of baby-a3c, and a cache of what they computed while acting.
+
+Acting has taken an image through the convolutions already when learning needs the same again for its gradient. If the
+weights are still the same, a :class:`ConvolutionCache` of the activations saves the second forward pass.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import nn
+
+from sb3_a3c.policies.overrides import is_unmodified
+
+#: So many images go through the convolutions at once: what a layer has computed is then still in the processor's cache when
+#: the next layer, or the backward pass, wants it.
+IMAGES_AT_ONCE = 40
+
+
+class BabyCNN(BaseFeaturesExtractor):
+    """
+    The convolutions of baby-a3c (Greydanus 2017): four layers of 32 filters, 3x3, stride 2, padding 1, each followed by
+    an ELU. An 84x84 image becomes 1152 features.
+
+    :param observation_space: a channels-first image space, (n_channels, height, width)
+    :param dtype: precision of the layers' computations; weights, their gradients and the features are as ever.
+        ``th.bfloat16`` is faster on processors that have instructions for it
+    :raises ValueError: if the space is not an image, or the layers can't compute in that precision
+    """
+
+    def __init__(self, observation_space: spaces.Space[Any], dtype: th.dtype = th.float32) -> None:
+        if dtype not in (th.float32, th.bfloat16):
+            raise ValueError(f"BabyCNN can't compute in {dtype}. Use th.float32 or th.bfloat16.")
+        if not is_image_space(observation_space, check_channels=False, normalized_image=True):
+            raise ValueError(
+                f"BabyCNN needs images (a Box of 3 dimensions), not {observation_space}. "
+                "Use `MlpLstmPolicy` for vectors and `MultiInputLstmPolicy` for dictionaries."
+            )
+        assert observation_space.shape is not None
+        n_channels, *size = observation_space.shape
+        self.dtype = dtype
+        self.shapes = [(n_channels, *size)]  #: of an image, and of what each layer makes of it
+        for _ in range(4):
+            size = [(length + 1) // 2 for length in size]
+            self.shapes.append((32, *size))
+        super().__init__(observation_space, features_dim=32 * size[0] * size[1])
+        layers: list[nn.Module] = []
+        for in_channels in (n_channels, 32, 32, 32):
+            layers += [nn.Conv2d(in_channels, 32, kernel_size=3, stride=2, padding=1), nn.ELU(inplace=True)]
+        self.cnn = nn.Sequential(*layers, nn.Flatten())
+        self._made_layers = repr(self.cnn)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        # (batch, n_channels, height, width) -> (batch, features_dim)
+        if self.dtype == th.float32:
+            return self._in_slices(observations)
+        with th.autocast("cpu", self.dtype):
+            return self._in_slices(observations).to(observations.dtype)
+
+    def _in_slices(self, observations: th.Tensor) -> th.Tensor:
+        parts = [self.cnn(images) for images in th.split(observations, IMAGES_AT_ONCE)]
+        return th.cat(parts) if len(parts) > 1 else parts[0]
+
+    @property
+    def computed_dtype(self) -> th.dtype:
+        """The precision in which the layers compute: as autocast, bfloat16 instead of float32 only."""
+        dtype = next(self.parameters()).dtype
+        return self.dtype if dtype == th.float32 else dtype
+
+    def is_original(self) -> bool:
+        """:return: whether the layers are those of the constructor, without hooks, parametrizations or methods of others"""
+        modules = (self.cnn, *self.cnn)
+        same = repr(self.cnn) == self._made_layers and all(is_unmodified(module, type(module)) for module in modules)
+        n_weights = len(list(self.cnn.parameters()))  # fewer than 8 if layers share them
+        return same and n_weights == 8 and is_unmodified(self, BabyCNN)
+
+
+#: Hidden and cell state, each (n_lstm_layers, n_envs, lstm_hidden_size); empty for a policy without memory.
+LstmState = tuple[th.Tensor, ...]
+
+
+def is_simple(lstm: nn.LSTM) -> bool:
+    """
+    :param lstm: any
+    :return: whether its weights alone tell what it computes, in the same way while acting and learning
+    """
+    variants = lstm.bidirectional or lstm.batch_first or lstm.proj_size or lstm.dropout
+    return is_unmodified(lstm, nn.LSTM) and not variants
+
+
+def run_lstm(lstm: nn.LSTM, features: th.Tensor, state: LstmState, episode_starts: th.Tensor) -> tuple[th.Tensor, LstmState]:
+    """
+    Run an LSTM over a rollout, in one call for each stretch between the steps at which some environment starts an episode:
+    there, and only there, states must be zeroed.
+
+    :param lstm: it
+    :param features: (n_steps * n_envs, features_dim)
+    :param state: state before the first step
+    :param episode_starts: (n_steps, n_envs), bool
+    :return: outputs (n_steps * n_envs, lstm_hidden_size), and the state after the last step
+    """
+    n_steps, n_envs = episode_starts.shape
+    if n_steps == 1 and not th.is_grad_enabled() and is_simple(lstm):
+        return _single_step(lstm, features, tuple(part.masked_fill(episode_starts[..., None], 0.0) for part in state))
+    sequence = features.reshape(n_steps, n_envs, -1)  # (n_steps * n_envs, F) -> (n_steps, n_envs, F)
+    cuts = (episode_starts[1:].any(dim=1).nonzero().flatten() + 1).tolist()
+    outputs = []
+    for begin, end in pairwise([0, *cuts, n_steps]):
+        starts = episode_starts[begin].view(1, n_envs, 1)
+        output, state = lstm(sequence[begin:end], tuple(part.masked_fill(starts, 0.0) for part in state))
+        outputs.append(output)
+    # (n_steps, n_envs, H) -> (n_steps * n_envs, H)
+    return (th.cat(outputs) if len(outputs) > 1 else outputs[0]).flatten(0, 1), state
+
+
+def _single_step(lstm: nn.LSTM, features: th.Tensor, state: LstmState) -> tuple[th.Tensor, LstmState]:
+    """A step without gradient: the LSTM itself would first bring its weights into another order in memory."""
+    hidden, cell = [], []
+    x = features
+    for weights, h, c in zip(lstm.all_weights, *state, strict=True):
+        x, c = th.lstm_cell(x, (h, c), *weights)
+        hidden.append(x)
+        cell.append(c)
+    # n_lstm_layers of (n_envs, H) -> (n_lstm_layers, n_envs, H)
+    return x, (th.stack(hidden), th.stack(cell))

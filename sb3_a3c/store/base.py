@@ -1,0 +1,92 @@
+"""
+The seam between learning and the place where the shared parameters lie: two protocols.
+
+All other code is written against them. Only the collector and the doctor choose an implementation.
+"""
+
+from typing import Protocol
+
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+
+class Replica(Protocol):
+    """
+    A worker's end of a store: it keeps the worker's policy up to date with the shared parameters and applies the worker's
+    gradients to them. Counts are exact although no worker ever waits for another.
+    """
+
+    @property
+    def optimizer(self) -> th.optim.Optimizer:
+        """The optimizer whose next step :meth:`push` takes; its ``param_groups`` hold this worker's learning rate."""
+
+    def pull(self) -> None:
+        """
+        Copy the shared parameters and module buffers into the worker's policy.
+
+        :raises DivergenceError: if the shared parameters stay NaN or infinite
+        """
+
+    def push(self) -> int | None:
+        """
+        Take one step of the shared optimizer with the gradient of the worker's policy, and clear that gradient.
+
+        :return: the staleness of the gradient, which is the number of updates that other workers made since this worker's
+            last pull. None if the step was not counted: module buffers were not finite, or it made parameters NaN or
+            infinite, which then have their values of the last pull again
+        """
+
+    def discard(self) -> None:
+        """Clear the gradient of the worker's policy, and reset its module buffers to the shared ones."""
+
+    def reserve(self, n_transitions: int) -> float | None:
+        """
+        Announce a rollout before it begins, so that all workers together exceed the goal by one rollout each at most.
+
+        :param n_transitions: of the rollout
+        :return: the progress remaining after it, from 1 to 0, as schedules take it; None if the goal is reserved already
+        """
+
+    def is_my_turn(self) -> bool:
+        """:return: whether workers before this one have finished this round, and those behind it the last one"""
+
+    def end_turn(self) -> None:
+        """Let the next worker have its turn."""
+
+    def leave_turns(self) -> None:
+        """No worker needs to wait for this one any more."""
+
+
+class ParameterStore(Protocol):
+    """The shared parameters, module buffers, optimizer state and counters. It travels to workers when they start."""
+
+    @property
+    def n_updates(self) -> int:
+        """Pushes by all workers so far."""
+
+    def replica(self, policy: ActorCriticPolicy, worker: int) -> Replica:
+        """
+        :param policy: a copy of the policy that the store was made from; it becomes the replica's
+        :param worker: index of the worker that pulls and pushes
+        :return: that worker's end of the store, with the shared parameters pulled
+        """
+
+    def load_policy(self, policy: ActorCriticPolicy) -> None:
+        """Set the shared parameters, module buffers and optimizer state to those of a policy of the same architecture."""
+
+    def fetch_policy(self, policy: ActorCriticPolicy) -> None:
+        """Copy the shared parameters and module buffers into a policy of the same architecture, which stays private."""
+
+    def fetch_optimizer(self, policy: ActorCriticPolicy) -> None:
+        """Copy the shared optimizer state into ``policy.optimizer``, whose tensors stay private."""
+
+    def release(self, worker: int, n_transitions: int) -> None:
+        """
+        Take back what a worker that died had reserved and not reported.
+
+        :param worker: its index
+        :param n_transitions: that it has reported
+        """
+
+    def close(self) -> None:
+        """Free the memory. Replicas and copies that were fetched stay usable."""

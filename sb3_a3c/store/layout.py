@@ -1,0 +1,99 @@
+"""
+What lies where in the one flat buffer that a store and its replicas share, so that a process maps it with one descriptor::
+
+    parameters │ counters │ module buffers │ optimizer state
+    ◄─ a pull ─►  one row
+     is one copy  a worker
+
+Every tensor has the strides of the parameter it belongs to. torch's fused CPU optimizers take parameter, gradient and
+moments for the same order in memory without looking, and a convolution in ``channels_last`` never learns if they differ.
+"""
+
+import enum
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+_ALIGNMENT = 64  # bytes: a cache line, so that no two tensors share one
+
+
+class Counter(enum.IntEnum):
+    """Columns of the counters. Each worker writes its own row only, so that every count is exact without a lock."""
+
+    UPDATES = 0  #: pushes done
+    RESERVED = 1  #: transitions of the rollouts begun
+    TURNS = 2  #: rollouts finished, when workers take turns
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor lies in a flat buffer of bytes."""
+
+    offset: int
+    dtype: th.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def view(self, flat: th.Tensor) -> th.Tensor:
+        n_bytes = math.prod(self.shape) * self.dtype.itemsize
+        return flat[self.offset : self.offset + n_bytes].view(self.dtype).as_strided(self.shape, self.stride)
+
+
+class Layout:
+    """
+    The slots of all that is shared.
+
+    :param policy: whose parameters and module buffers are to be shared
+    :param state: for each parameter the optimizer's state
+    :param n_workers: number of rows of the counters
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, state: Sequence[dict[str, Any]], n_workers: int) -> None:
+        self.n_bytes = 0
+        parameters = list(policy.parameters())
+        self.parameters = [self._place_like(parameter) for parameter in parameters]
+        self.pull_bytes = self.n_bytes  #: a pull copies these first bytes
+        self._counters = self._place((n_workers, len(Counter)), (len(Counter), 1), th.int64)
+        self.buffers = [self._place_like(buffer) for buffer in policy.buffers()]
+        self.state: list[dict[str, Slot]] = []  #: for each parameter
+        self._state_numbers: list[dict[str, Any]] = []  # what an optimizer keeps outside tensors, such as a step count
+        for parameter, values in zip(parameters, state, strict=True):
+            tensors = {key: value for key, value in values.items() if isinstance(value, th.Tensor)}
+            self.state.append(
+                {
+                    key: self._place_like(parameter.to(value.dtype) if value.shape == parameter.shape else value)
+                    for key, value in tensors.items()
+                }
+            )
+            self._state_numbers.append({key: value for key, value in values.items() if key not in tensors})
+
+    def counters(self, flat: th.Tensor) -> npt.NDArray[np.int64]:
+        """:return: (n_workers, len(Counter)), a view of the shared memory"""
+        counters: npt.NDArray[np.int64] = self._counters.view(flat).numpy()
+        return counters
+
+    def states(self, flat: th.Tensor) -> Iterator[dict[str, Any]]:
+        """For each parameter the optimizer's state: views of the shared tensors, and its other values as they began."""
+        for slots, numbers in zip(self.state, self._state_numbers, strict=True):
+            yield {**{key: slot.view(flat) for key, slot in slots.items()}, **numbers}
+
+    def _place(self, shape: th.Size | tuple[int, ...], stride: tuple[int, ...], dtype: th.dtype) -> Slot:
+        slot = Slot(self.n_bytes, dtype, tuple(shape), stride)
+        n_bytes = math.prod(shape) * dtype.itemsize
+        self.n_bytes += -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
+        return slot
+
+    def _place_like(self, tensor: th.Tensor) -> Slot:
+        """A slot with the order in memory of ``tensor``: its strides if it is dense, else contiguous."""
+        return self._place(tensor.shape, th.empty_like(tensor, device="cpu").stride(), tensor.dtype)
+
+
+def same_order(a: th.Tensor, b: th.Tensor) -> bool:
+    """:return: whether two tensors of one shape have the same order in memory (strides of dimensions of size 1 are moot)"""
+    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))

@@ -1,0 +1,116 @@
+"""
+The shared parameters in the memory that all processes of one machine map.
+
+Workers apply their gradients to them without a lock: Hogwild (Recht et al. 2011, arXiv:1106.5730; section 4 of Mnih et al.
+2016). ``layout`` has the picture of the memory, ``replica`` the two verbs.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_a3c.store.finite import all_finite, check_finite
+from sb3_a3c.store.layout import Counter, Layout
+from sb3_a3c.store.optimizer_state import check_optimizer, initial_state
+from sb3_a3c.store.replica import SharedMemoryReplica
+
+#: A goal that is never reached.
+NO_GOAL = 2**62
+
+
+class SharedMemoryStore:
+    """
+    A :class:`~sb3_a3c.store.base.ParameterStore` for the processes of one machine. Picklable as an argument of a starting
+    process, which then maps the same memory.
+
+    :param policy: parameters, buffers and optimizer to start from; it keeps its own
+    :param n_workers: number of replicas that may push
+    :param total_steps: transitions after which ``reserve`` grants no more
+    :param steps_before: those of them that are done already
+    :param share_memory: False keeps everything in this process's private memory, for one worker in this process
+    :raises ValueError: if the optimizer's ``step`` needs a closure, or a parameter is not finite
+    """
+
+    def __init__(
+        self,
+        policy: ActorCriticPolicy,
+        n_workers: int,
+        total_steps: int = NO_GOAL,
+        steps_before: int = 0,
+        share_memory: bool = True,
+    ) -> None:
+        check_optimizer(policy.optimizer)
+        check_finite(policy)
+        self._total_steps, self._steps_before = total_steps, steps_before
+        state = [initial_state(policy.optimizer, parameter) for parameter in policy.parameters()]
+        self._layout = Layout(policy, state, n_workers)
+        self._flat = th.zeros(self._layout.n_bytes, dtype=th.uint8)
+        if share_memory:
+            self._flat.share_memory_()  # type: ignore[no-untyped-call]
+        self._write(policy, state)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all that is shared."""
+        return self._flat.nbytes
+
+    @property
+    def n_updates(self) -> int:
+        """As :attr:`ParameterStore.n_updates`; exact."""
+        return int(self._counters[:, Counter.UPDATES].sum())
+
+    def replica(self, policy: ActorCriticPolicy, worker: int) -> SharedMemoryReplica:
+        """As :meth:`ParameterStore.replica`."""
+        return SharedMemoryReplica(self._flat, self._layout, policy, worker, self._total_steps, self._steps_before)
+
+    def load_policy(self, policy: ActorCriticPolicy) -> None:
+        """As :meth:`ParameterStore.load_policy`."""
+        self._write(policy, [initial_state(policy.optimizer, parameter) for parameter in policy.parameters()])
+
+    def fetch_policy(self, policy: ActorCriticPolicy) -> None:
+        """As :meth:`ParameterStore.fetch_policy`. Where a shared value is not finite, the policy keeps its own."""
+        with th.no_grad():
+            for slot, parameter in zip(self._layout.parameters, policy.parameters(), strict=True):
+                value = slot.view(self._flat).clone()
+                if parameter.requires_grad and not all_finite([value]):  # a worker is about to undo that
+                    value = th.where(value.isfinite(), value, parameter)
+                parameter.copy_(value)
+            for slot, buffer in zip(self._layout.buffers, policy.buffers(), strict=True):
+                buffer.copy_(slot.view(self._flat))
+
+    def fetch_optimizer(self, policy: ActorCriticPolicy) -> None:
+        """As :meth:`ParameterStore.fetch_optimizer`."""
+        n_updates = self.n_updates
+        state: defaultdict[th.Tensor, Any] = defaultdict(dict)
+        for parameter, values in zip(policy.parameters(), self._layout.states(self._flat), strict=True):
+            if values:
+                copies = {k: v.clone() if isinstance(v, th.Tensor) else v for k, v in values.items()}
+                if isinstance(copies.get("step"), int):  # each process counts for itself: add up the counts
+                    copies["step"] += n_updates
+                state[parameter] = copies
+        policy.optimizer.state = state
+
+    def release(self, worker: int, n_transitions: int) -> None:
+        """As :meth:`ParameterStore.release`."""
+        self._counters[worker, Counter.RESERVED] = n_transitions
+
+    def close(self) -> None:
+        """As :meth:`ParameterStore.close`."""
+        self._flat = th.empty(0, dtype=th.uint8)
+
+    @property
+    def _counters(self) -> npt.NDArray[np.int64]:
+        return self._layout.counters(self._flat)
+
+    def _write(self, policy: ActorCriticPolicy, state: list[dict[str, Any]]) -> None:
+        """Parameters and module buffers of ``policy``, and for each parameter the optimizer's state."""
+        slots = self._layout.parameters + self._layout.buffers
+        for slot, tensor in zip(slots, [*policy.parameters(), *policy.buffers()], strict=True):
+            slot.view(self._flat).copy_(tensor.detach())
+        for state_slots, values in zip(self._layout.state, state, strict=True):
+            for key, slot in state_slots.items():
+                slot.view(self._flat).copy_(values[key])

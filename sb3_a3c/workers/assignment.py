@@ -1,0 +1,114 @@
+"""Which worker gets which environments and seeds, and what it is told at its start."""
+
+import dataclasses
+import multiprocessing
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import cloudpickle
+import numpy as np
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_a3c.actor_learner.config import Hyperparams, WorkerConfig
+from sb3_a3c.envs.sharding import EnvShare, deal, split_env
+from sb3_a3c.envs.wrapper_state import FirstReset
+from sb3_a3c.processes.machine import n_cores
+from sb3_a3c.store.base import ParameterStore
+
+#: Up to 3 rollouts of a worker wait for those of the others before they fill the others' rows; one more is on its way.
+MAX_ROLLOUTS_WAITING = 3
+
+
+class Assignment:
+    """
+    Deals environments and seeds out to workers. Every seed of a training derives from one; those of the environments do not
+    depend on the number of workers.
+
+    :param env: the user's environments
+    :param policy: that each worker begins with
+    :param hyperparams: that each worker begins with
+    :param n_workers: number of processes; 0 for one worker in this process; None for one for each core, or for this process,
+        with a warning, if the environments can't be sent to others
+    :param seed: every seed is derived from it
+    :param env_seeds: seeds that the environments are to begin with; None where one is to be derived
+    :param env_options: options that the environments are to begin with
+    :raises ValueError: if the environments can't be sent to other processes
+    """
+
+    def __init__(
+        self,
+        env: VecEnv,
+        policy: ActorCriticPolicy,
+        hyperparams: Hyperparams,
+        n_workers: int | None,
+        seed: int,
+        env_seeds: Sequence[int | None],
+        env_options: Sequence[dict[str, Any]],
+    ) -> None:
+        self._env, self._seed = env, seed
+        n_envs = env.num_envs
+        derived = _derived_seeds(seed, 2 * n_envs)
+        seeds = [new if given is None else given for new, given in zip(derived[:n_envs], env_seeds, strict=True)]
+        self.first_reset = FirstReset(tuple(seeds), tuple(env_options))
+        shares = _shares(env, n_workers, self.first_reset)
+        self.shares = list(shares.values())  #: of each worker process its environments; empty to train in this process
+        self.env_indices = list(shares) or [tuple(range(n_envs))]  #: of each worker
+        self.worker_of = {index: worker for worker, indices in enumerate(self.env_indices) for index in indices}
+        pickled_policy = cloudpickle.dumps(policy)
+        self.configs = [
+            WorkerConfig(worker, derived[n_envs + worker], indices, pickled_policy, hyperparams)
+            for worker, indices in enumerate(self.env_indices)
+        ]
+
+    @property
+    def n_workers(self) -> int:
+        """Number of workers, at least 1."""
+        return len(self.env_indices)
+
+    def arguments(self, store: ParameterStore, worker: int, n_waiting: int = 0) -> tuple[Any, ...]:
+        """
+        :param store: the shared parameters
+        :param worker: its index
+        :param n_waiting: rollouts reported by its predecessor that are still to be consumed
+        :return: what ``run_worker`` is called with in the worker's process, after its channel
+        """
+        config = self.configs[worker]
+        # with short rollouts, those of one worker must be able to fill a whole step
+        n_tickets = MAX_ROLLOUTS_WAITING + 1
+        n_tickets += self._env.num_envs // (config.hyperparams.n_steps * len(config.env_indices))
+        return store, self.shares[worker], max(0, n_tickets - n_waiting), cloudpickle.dumps(config)
+
+    def renew(self, worker: int, n_restarts: int, hyperparams: Hyperparams) -> None:
+        """
+        Prepare for a new process in the place of a dead one: with the environments as the user's are now, and new seeds.
+
+        :param worker: its index
+        :param n_restarts: how many processes have been replaced in this training, this one included
+        :param hyperparams: of now
+        """
+        seed, *seeds = _derived_seeds([self._seed, n_restarts], self._env.num_envs + 1)
+        first_reset = dataclasses.replace(self.first_reset, seeds=tuple(seeds))
+        (self.shares[worker],) = split_env(self._env, [self.env_indices[worker]], first_reset)
+        self.configs[worker] = dataclasses.replace(self.configs[worker], seed=seed, hyperparams=hyperparams)
+
+
+def _derived_seeds(seed: int | list[int], n: int) -> list[int]:
+    return [int(derived) for derived in np.random.SeedSequence(seed).generate_state(n) >> 1]
+
+
+def _shares(env: VecEnv, n_workers: int | None, first_reset: FirstReset) -> dict[tuple[int, ...], EnvShare]:
+    """For each worker process the indices of its environments, and the environments; empty to train in this process."""
+    if n_workers == 0:
+        return {}
+    indices = deal(env.num_envs, min(n_cores(), env.num_envs) if n_workers is None else n_workers)
+    try:
+        if multiprocessing.current_process().daemon:
+            raise ValueError("This process is a daemon, which may not start processes of its own. Use n_workers=0.")
+        return dict(zip(indices, split_env(env, indices, first_reset), strict=True))
+    except ValueError as error:
+        if n_workers is not None:
+            raise
+        warnings.warn(f"A3C trains in this process, as with n_workers=0. {error}", stacklevel=2)
+        return {}

@@ -1,0 +1,298 @@
+"""
+The Hogwild collector: what ``A3C.collect_rollouts`` drives.
+
+It runs the workers (processes under the supervisor, or one in this very process), puts their reports together to steps of
+``n_envs`` transitions for Stable-Baselines3's callbacks, and passes on to the workers what callbacks change.
+"""
+
+import math
+import sys
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecVideoRecorder
+
+from sb3_a3c.actor_learner.config import Hyperparams
+from sb3_a3c.actor_learner.report import RolloutStatistics
+from sb3_a3c.envs.normalize import StatisticsMerger, options
+from sb3_a3c.envs.observations import Obs
+from sb3_a3c.envs.subproc import take_back
+from sb3_a3c.envs.wrapper_state import WrapperCounts, begin_episodes, continue_from, finish_videos, wrappers
+from sb3_a3c.errors import WorkerDiedError
+from sb3_a3c.processes.machine import n_cores
+from sb3_a3c.processes.signals import uninterrupted
+from sb3_a3c.processes.supervisor import Supervisor
+from sb3_a3c.store.base import ParameterStore
+from sb3_a3c.store.shared_memory import SharedMemoryStore
+from sb3_a3c.workers.assignment import MAX_ROLLOUTS_WAITING, Assignment
+from sb3_a3c.workers.env_proxy import EnvProxy
+from sb3_a3c.workers.in_process import InProcessWorker
+from sb3_a3c.workers.protocol import (
+    EnvCall,
+    FinalState,
+    RolloutConsumed,
+    RolloutFinished,
+    Shutdown,
+    TrainingDone,
+    UpdateHyperparams,
+    Workers,
+)
+from sb3_a3c.workers.statistics import TrainingStatistics
+from sb3_a3c.workers.step_assembler import Step, StepAssembler
+from sb3_a3c.workers.worker_main import run_worker
+
+#: Seconds in which workers that have been asked to stop must have sent their final state …
+STOP_SECONDS = 2.0
+#: … where they save a video, or drive the processes of a ``SubprocVecEnv``, which may be in a step …
+LONG_STOP_SECONDS = 60.0
+#: … and from a second Ctrl-C on, for which the collector looks every 0.1 s.
+HURRY_SECONDS, LOOK_SECONDS = 0.5, 0.1
+#: Modules that a fork server imports once for all workers. torch's optimizers import torch._dynamo at their first step,
+#: which takes seconds; cv2 and ale_py, slow to import too, are there for Atari.
+PRELOAD = ("sb3_a3c.workers.worker_main", "stable_baselines3.common.vec_env", "torch._dynamo", "cv2", "ale_py")
+
+
+class HogwildCollector:
+    """
+    Workers that learn on shared parameters, and what they report. They start at once and run until :meth:`stop`. Until
+    then calls to ``env`` reach the workers' environments.
+
+    :param policy: the policy to start from, optimizer included; it stays private to this process
+    :param env: the user's environments
+    :param first_obs: (n_envs, …), observations to show until the first reports come
+    :param hyperparams: the workers' hyper-parameters
+    :param n_workers: number of processes, as :class:`Assignment` takes it
+    :param seed: every seed of this training is derived from it
+    :param env_seeds: seeds that the environments are to begin with; None where one is to be derived
+    :param env_options: options that the environments are to begin with
+    :param steps_before: transitions made in earlier calls of ``learn``
+    :param total_steps: goal, ``steps_before`` included
+    :param start_method: of the processes; None for the platform's best
+    :param max_restarts: number of workers that may be replaced after they died
+    :param timeout: seconds that a worker may take for a step, or for learning; None for ever
+    :raises ValueError: if the environments can't be sent to other processes
+    """
+
+    def __init__(
+        self,
+        policy: ActorCriticPolicy,
+        env: VecEnv,
+        first_obs: Obs,
+        hyperparams: Hyperparams,
+        n_workers: int | None,
+        seed: int,
+        env_seeds: Sequence[int | None],
+        env_options: Sequence[dict[str, Any]],
+        steps_before: int,
+        total_steps: int,
+        start_method: str | None = None,
+        max_restarts: int = 0,
+        timeout: float | None = None,
+    ) -> None:
+        self._env = env
+        self.hyperparams, self._normalization = hyperparams, options(env)
+        self._assignment = Assignment(env, policy, hyperparams, n_workers, seed, env_seeds, env_options)
+        self._n_workers = self._assignment.n_workers
+        has_processes = bool(self._assignment.shares)
+        self.store: ParameterStore = SharedMemoryStore(policy, self._n_workers, total_steps, steps_before, has_processes)
+        self.statistics = TrainingStatistics()
+        self._assembler = StepAssembler(first_obs, env.num_envs, MAX_ROLLOUTS_WAITING)
+        self._normalize = StatisticsMerger(env, self._n_workers)
+        self._statistics_of: list[deque[RolloutStatistics]] = [deque() for _ in range(self._n_workers)]  # not consumed yet
+        self._n_reported = [0] * self._n_workers  # transitions
+        self._done: set[int] = set()  # workers that make no more rollouts
+        self._wrapper_counts: dict[int, WrapperCounts] = {}  # of workers that have sent their final state
+        self._max_restarts = max_restarts
+        self.n_restarts = 0
+        self._is_ending = False
+        self._env_proxy: EnvProxy | None = None
+        self._n_threads = th.get_num_threads()
+        self._workers: Workers
+        if has_processes:
+            finish_videos(env)
+            arguments = [self._assignment.arguments(self.store, worker) for worker in range(self._n_workers)]
+            self._workers = Supervisor(run_worker, arguments, start_method, PRELOAD, timeout)
+            self._start_processes(self._workers)
+        else:
+            env = begin_episodes(env, self._assignment.first_reset)
+            self._workers = InProcessWorker(self._assignment.configs[0], env, self.store)
+
+    def _start_processes(self, supervisor: Supervisor) -> None:
+        try:
+            supervisor.start()
+        except BaseException:
+            self._take_environments_back(threading.Event())  # workers that have started may have begun to step them
+            raise
+        self._env_proxy = EnvProxy(self._env, self._assignment.env_indices, self._ask_envs)
+        # the cores are the workers': a second thread here would wait for one of them, and the first for the second
+        th.set_num_threads(max(1, min(self._n_threads, n_cores() - self._n_workers)))
+
+    def wait_for_step(self) -> bool:
+        """
+        :return: whether there is a next step; False when all workers have finished and all steps were taken
+        :raises WorkerDiedError: if a worker died
+        :raises Exception: what a worker raised
+        """
+        while not self._assembler.has_step(flush=self._all_done):
+            if self._all_done:
+                return False
+            self._receive()
+        return True
+
+    def take_step(self) -> Step:
+        """:return: the next step of all environments, which :meth:`wait_for_step` has promised"""
+        step = self._assembler.take_step()
+        for env_index in self._assembler.take_used_up():
+            worker = self._assignment.worker_of[env_index]
+            # its other environments' rollouts are used up with this one, or soon
+            if env_index == self._assignment.env_indices[worker][0]:
+                self.statistics.add(self._statistics_of[worker].popleft())
+                self._send_ticket(worker)
+        return step
+
+    def update_hyperparams(self, hyperparams: Hyperparams) -> None:
+        """
+        Let the workers use these hyper-parameters, and the options of the user's ``VecNormalize``, from their next rollouts
+        on. Does nothing if none has changed.
+        """
+        normalization = options(self._env)
+        if (hyperparams, normalization) != (self.hyperparams, self._normalization):
+            self.hyperparams, self._normalization = hyperparams, normalization
+            for worker in range(self._n_workers):
+                self._workers.send(worker, UpdateHyperparams(hyperparams, normalization))
+
+    def drain(self) -> None:
+        """Let the workers learn no more, and receive what they did last. Calls to the environments still reach them."""
+        self._is_ending = True
+        self._workers.request_stop()
+        self._receive_rest(lambda: self._all_done, threading.Event())
+
+    def take_leftovers(self) -> tuple[list[dict[str, Any]], npt.NDArray[np.bool_]]:
+        """:return: of the transitions that no step has shown the infos, and whether each ended an episode"""
+        for waiting in self._statistics_of:
+            while waiting:
+                self.statistics.add(waiting.popleft())
+        return self._assembler.leftovers()
+
+    def stop(self, hurry: threading.Event) -> None:
+        """
+        End the workers and free what was used for them. The store and the leftovers stay readable.
+
+        :param hurry: set by a second Ctrl-C
+        """
+        self._is_ending = True
+        if self._env_proxy is not None:
+            self._env_proxy.remove()
+            th.set_num_threads(self._n_threads)
+            self._env_proxy = None  # it refers to this object: together they would keep the shared memory for a while
+        try:
+            self._workers.request_stop()
+            for worker in range(self._n_workers):
+                self._workers.send(worker, Shutdown())
+            self._receive_rest(lambda: self._workers.finished, hurry)
+        finally:
+            try:
+                self._workers.stop(hurry)
+            finally:
+                self._take_environments_back(hurry)
+
+    def _receive_rest(self, is_over: Callable[[], bool], hurry: threading.Event) -> None:
+        already_failing = sys.exc_info()[0] is not None  # `learn` is about to raise something
+        deadline = time.monotonic() + self._stop_seconds()
+        while not is_over() and (left := deadline - time.monotonic()) > 0:
+            if hurry.is_set():
+                deadline, hurry = min(deadline, time.monotonic() + HURRY_SECONDS), threading.Event()
+            try:
+                self._receive(min(left, LOOK_SECONDS))
+            except Exception as error:  # the model is complete: nothing is left to be done about it
+                if not already_failing:
+                    warnings.warn(f"At the end of training a worker failed: {type(error).__name__}: {error}", stacklevel=2)
+
+    def _stop_seconds(self) -> float:
+        """
+        A worker that saves a video needs longer; and one that is killed while the process of a ``SubprocVecEnv`` makes a
+        step leaves that process with an answer that no one waits for.
+        """
+        records = any(isinstance(wrapper, VecVideoRecorder) for wrapper in wrappers(self._env))
+        return LONG_STOP_SECONDS if records or isinstance(self._env.unwrapped, SubprocVecEnv) else STOP_SECONDS
+
+    def _take_environments_back(self, hurry: threading.Event) -> None:
+        continue_from(self._env, list(self._wrapper_counts.values()))
+        base = self._env.unwrapped
+        if not isinstance(base, SubprocVecEnv):
+            return
+        died = [index for index, worker in self._assignment.worker_of.items() if worker not in self._wrapper_counts]
+        if isinstance(self._workers, InProcessWorker) and not base.waiting:  # else Ctrl-C has interrupted a step
+            died = []
+        if died:
+            take_back(base, died, HURRY_SECONDS if hurry.is_set() else math.inf)
+
+    @property
+    def _all_done(self) -> bool:
+        return len(self._done | self._workers.ended) == self._n_workers
+
+    def _receive(self, timeout: float | None = None) -> None:
+        """Wait for messages of the workers, and handle them."""
+        try:
+            self._workers.wait(timeout)
+        except WorkerDiedError as death:
+            self._replace(death)
+        else:
+            with uninterrupted():
+                self._handle_all()
+
+    def _handle_all(self) -> None:
+        for worker, message in self._workers.take():
+            self._handle(worker, message)
+
+    def _handle(self, worker: int, message: Any) -> None:
+        match message:
+            case RolloutFinished(report, deltas):
+                self._assembler.add(report)
+                self._n_reported[worker] += report.rewards.size
+                self._statistics_of[worker].append(report.statistics)
+                self._normalize.merge(worker, deltas)
+                self.statistics.warn_of_skipped(report.statistics)
+            case TrainingDone():
+                self._done.add(worker)
+                for other in range(self._n_workers):
+                    self._send_ticket(other)  # a worker that waits for one must find out too that there is no more to do
+            case FinalState(deltas, counts):
+                self._normalize.merge(worker, deltas)
+                self._wrapper_counts[worker] = counts
+
+    @uninterrupted()
+    def _replace(self, death: WorkerDiedError) -> None:
+        """
+        Start a process in the place of a dead one: with the shared parameters, with new episodes, and with seeds of its own.
+        The rollout that the dead one was in is lost, and not counted.
+        """
+        self._handle_all()  # its final messages
+        worker = death.worker
+        if self.n_restarts == self._max_restarts > 0:
+            death.add_note(f"{self.n_restarts} workers were replaced before: max_worker_restarts is used up.")
+        if self._is_ending or isinstance(self._env.unwrapped, SubprocVecEnv) or self.n_restarts == self._max_restarts:
+            raise death
+        self.n_restarts += 1
+        self._assignment.renew(worker, self.n_restarts, self.hyperparams)
+        self.store.release(worker, self._n_reported[worker])
+        self._normalize.pop(worker)  # the user's statistics travel with the environments, and include these
+        self._done.discard(worker)
+        assert isinstance(self._workers, Supervisor)
+        n_waiting = len(self._statistics_of[worker])
+        self._workers.replace(worker, self._assignment.arguments(self.store, worker, n_waiting))
+        warnings.warn(f"{death} It was replaced: restart {self.n_restarts} of at most {self._max_restarts}.", stacklevel=2)
+
+    def _send_ticket(self, worker: int) -> None:
+        self._workers.send(worker, RolloutConsumed(self._normalize.pop(worker)))
+
+    def _ask_envs(self, calls: Mapping[int, EnvCall]) -> dict[int, Any]:
+        return self._workers.ask(calls, self._replace)

@@ -1,0 +1,98 @@
+"""The one worker of ``n_workers=0``: the same actor-learner in this very process, for debuggers and notebooks."""
+
+import contextlib
+import random
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_a3c.actor_learner.actor_learner import ActorLearner
+from sb3_a3c.actor_learner.config import WorkerConfig
+from sb3_a3c.store.base import ParameterStore
+from sb3_a3c.workers.protocol import RolloutFinished, UpdateHyperparams
+
+
+class InProcessWorker:
+    """
+    :class:`~sb3_a3c.workers.protocol.Workers` of one: to wait for it is to let it make its next rollout. It has random state
+    and thread count of its own.
+
+    :param config: what to do
+    :param env: the user's environments, which begin new episodes at their next reset
+    :param store: the parameters, in private memory
+    """
+
+    def __init__(self, config: WorkerConfig, env: VecEnv, store: ParameterStore) -> None:
+        self._stop = False
+        self.finished = False
+        self._received: list[tuple[int, Any]] = []
+        self._random_state = _random_state()
+        self._arguments = config, env, store
+        self._learner: ActorLearner | None = None  # made where Ctrl-C may interrupt the environments' first reset
+
+    @property
+    def ended(self) -> set[int]:
+        """As :attr:`Supervisor.ended`."""
+        return {0} if self.finished else set()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """As :meth:`Supervisor.wait`: make the next rollout. Ctrl-C interrupts it."""
+        if self._received or self.finished:
+            return
+        with self._as_worker():
+            self._learner = self._learner or ActorLearner(*self._arguments, lambda: self._stop)
+            report = self._learner.rollout()
+        if report is None:
+            self.finished = True
+        else:
+            self._received.append((0, RolloutFinished(report, [])))
+
+    def take(self) -> list[tuple[int, Any]]:
+        """Take what :meth:`wait` has made."""
+        received, self._received = self._received, []
+        return received
+
+    def send(self, index: int, message: Any) -> None:
+        """As :meth:`Supervisor.send`."""
+        if isinstance(message, UpdateHyperparams) and self._learner is not None:
+            self._learner.hyperparams = message.hyperparams  # the VecNormalize is the user's own
+
+    def ask(self, requests: Mapping[int, Any], on_death: Any = None) -> dict[int, Any]:
+        """Never called: the user's environments are the worker's."""
+        raise NotImplementedError
+
+    def request_stop(self) -> None:
+        """As :meth:`Supervisor.request_stop`."""
+        self._stop = True
+
+    def stop(self, hurry: threading.Event) -> None:
+        """As :meth:`Supervisor.stop`."""
+        self._stop = self.finished = True
+        if self._learner is not None:
+            self._learner.close()
+
+    @contextlib.contextmanager
+    def _as_worker(self) -> Iterator[None]:
+        n_threads, outside = th.get_num_threads(), _random_state()
+        th.set_num_threads(1)
+        _set_random_state(self._random_state)
+        try:
+            yield
+        finally:
+            self._random_state = _random_state()
+            _set_random_state(outside)
+            th.set_num_threads(n_threads)
+
+
+def _random_state() -> tuple[Any, Any, th.Tensor]:
+    return random.getstate(), np.random.get_state(), th.get_rng_state()
+
+
+def _set_random_state(state: tuple[Any, Any, th.Tensor]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    th.set_rng_state(state[2])

@@ -1,0 +1,90 @@
+"""
+What crosses the border between the main process and its workers, and what the collector asks of them::
+
+    main process                                                       worker
+      RolloutConsumed     a ticket; what others' VecNormalize saw ──►   one more rollout may be reported
+      UpdateHyperparams   a callback has changed some ──────────────►   from its next rollout on
+      EnvCall             a method of the environments ─────────────►   answered with what it returns, or raises
+      Shutdown            learning is over ─────────────────────────►   FinalState, and the process ends
+                                                                 ◄───   RolloutFinished, once a rollout
+                                                                 ◄───   TrainingDone, after the last; then it only serves
+
+A worker begins with some tickets and spends one on each report. Without a ticket it waits, and serves meanwhile. So it runs
+ahead of the callbacks by a bounded number of rollouts, and a call to the environments never waits for a callback.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from sb3_a3c.actor_learner.config import Hyperparams
+from sb3_a3c.actor_learner.report import Report
+from sb3_a3c.envs.normalize import Deltas
+from sb3_a3c.envs.wrapper_state import WrapperCounts
+from sb3_a3c.errors import WorkerDiedError
+
+
+class RolloutConsumed(NamedTuple):
+    """To a worker: a ticket, for one of its reports was used up."""
+
+    deltas: Deltas  #: what other workers' ``VecNormalize`` saw
+
+
+class UpdateHyperparams(NamedTuple):
+    """To a worker: hyper-parameters that count from its next rollout on."""
+
+    hyperparams: Hyperparams
+    normalization: list[dict[str, Any]]  #: of ``envs.normalize.options``
+
+
+class EnvCall(NamedTuple):
+    """To a worker: call a method of its ``VecEnv``, and answer with what it returns."""
+
+    method: str
+    indices: list[int] | None  #: of the worker's own environments; None if the method takes none
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Shutdown(NamedTuple):
+    """To a worker: send the final state and end."""
+
+
+class RolloutFinished(NamedTuple):
+    """From a worker: one rollout, and what its ``VecNormalize`` saw meanwhile."""
+
+    report: Report
+    deltas: Deltas
+
+
+class TrainingDone(NamedTuple):
+    """From a worker: no more rollouts will come. It still serves calls to its environments."""
+
+
+class FinalState(NamedTuple):
+    """From a worker: its final message."""
+
+    deltas: Deltas
+    counts: WrapperCounts  #: what the wrappers of its environments have counted
+
+
+class Workers(Protocol):
+    """What the collector asks of its workers: processes under a ``Supervisor``, or the one worker in this process."""
+
+    @property
+    def ended(self) -> set[int]: ...
+
+    @property
+    def finished(self) -> bool: ...
+
+    def wait(self, timeout: float | None = None) -> None: ...
+
+    def take(self) -> list[tuple[int, Any]]: ...
+
+    def send(self, index: int, message: Any) -> None: ...
+
+    def ask(self, requests: Mapping[int, Any], on_death: Callable[[WorkerDiedError], None]) -> dict[int, Any]: ...
+
+    def request_stop(self) -> None: ...
+
+    def stop(self, hurry: threading.Event) -> None: ...

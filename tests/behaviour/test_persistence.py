@@ -1,0 +1,488 @@
+"""Saving, loading and exchanging parameters and environments: nothing is lost, nothing is dragged along, and it goes on."""
+
+import base64
+import io
+import json
+import multiprocessing
+import time
+import zipfile
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import A2C
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from sb3_a3c import A3C
+
+BOTH = pytest.mark.parametrize("n_workers", [0, 2])
+EITHER_POLICY = pytest.mark.parametrize("policy", ["MlpPolicy", "MlpLstmPolicy"])
+EITHER_OPTIMIZER = pytest.mark.parametrize("use_rms_prop", [False, True], ids=["Adam", "RMSprop"])
+
+
+class Images(gym.Env[Any, Any]):
+    """Noise; the reward is the action."""
+
+    observation_space = spaces.Box(0, 255, (36, 36, 1), dtype=np.uint8)
+    action_space = spaces.Discrete(3)
+    render_mode = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self._draw(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self._draw(), float(action), bool(self.np_random.random() < 0.1), False, {}
+
+    def _draw(self) -> Any:
+        return self.np_random.integers(0, 256, (36, 36, 1), dtype=np.uint8)
+
+
+def cartpole(n_envs: int = 4, **kwargs: Any) -> VecEnv:
+    return make_vec_env("CartPole-v1", n_envs=n_envs, **kwargs)
+
+
+def parameters_of(model: A3C) -> dict[str, Any]:
+    """Parameters and moments, copied."""
+    return deepcopy(model.get_parameters())
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict | list | tuple):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(value, f"{path}/{key}")
+    else:
+        yield path, tree
+
+
+def difference(one: Any, other: Any) -> list[str]:
+    """Paths of what two trees of parameters do not share, to the bit."""
+    left, right = dict(leaves(one)), dict(leaves(other))
+    unequal = [
+        path
+        for path in left.keys() & right.keys()
+        if not (th.equal(left[path], right[path]) if isinstance(left[path], th.Tensor) else left[path] == right[path])
+    ]
+    return sorted(unequal + list(left.keys() ^ right.keys()))
+
+
+def no_process_may_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start)
+
+
+# --- save and load --------------------------------------------------------------------------------------------------
+
+PENDULUM: dict[str, Any] = dict(use_sde=True, policy_kwargs=dict(squash_output=True))
+MOMENTUM: dict[str, Any] = dict(policy_kwargs=dict(optimizer_class=th.optim.SGD, optimizer_kwargs=dict(momentum=0.9)))
+MODELS: list[Any] = [
+    pytest.param("MlpPolicy", "CartPole-v1", {}, id="MLP, Adam"),
+    pytest.param("MlpPolicy", "CartPole-v1", dict(use_rms_prop=True), id="MLP, RMSprop"),
+    pytest.param("MlpPolicy", "CartPole-v1", MOMENTUM, id="MLP, momentum"),
+    pytest.param("MlpLstmPolicy", "CartPole-v1", dict(use_rms_prop=True), id="LSTM, RMSprop"),
+    pytest.param("MlpLstmPolicy", "Pendulum-v1", PENDULUM, id="LSTM, gSDE"),
+    pytest.param("CnnLstmPolicy", Images, {}, id="CNN, Adam"),
+]
+
+
+@pytest.mark.parametrize(("policy", "env_id", "kwargs"), MODELS)
+def test_saving_and_loading_is_no_interruption(policy: str, env_id: Any, kwargs: dict[str, Any]) -> None:
+    env = make_vec_env(env_id, n_envs=3)
+    kwargs = dict(learning_rate=lambda progress: 1e-2 * progress, envs_per_update=2, **kwargs)
+    model = A3C(policy, env, n_workers=0, seed=1, **kwargs).learn(300)
+    file, before = io.BytesIO(), parameters_of(model)
+    model.save(file)
+    results = []
+    for each in (model, A3C.load(file, env=make_vec_env(env_id, n_envs=3))):
+        assert not difference(before, each.get_parameters())
+        each.set_random_seed(2)
+        each.learn(300, reset_num_timesteps=False)
+        results.append(parameters_of(each))
+        assert (each.num_timesteps, each._n_updates) == (600, 20)
+        assert difference(before, results[-1])
+    assert not difference(*results)
+
+
+@EITHER_POLICY
+def test_a_loaded_model_and_a_loaded_policy_predict_the_same(policy: str, tmp_path: Path) -> None:
+    model = A3C(policy, cartpole(), n_workers=2, learning_rate=1e-3).learn(400)
+    model.save(tmp_path / "model")
+    model.policy.save(str(tmp_path / "policy.pt"))
+    loaded = A3C.load(tmp_path / "model")
+    policies = [model.policy, loaded.policy, type(model.policy).load(str(tmp_path / "policy.pt"))]
+    fresh = A3C(policy, cartpole())
+    fresh.policy.load_state_dict(policies[2].state_dict())
+    policies.append(fresh.policy)
+    observations, starts = np.random.default_rng(0).normal(size=(30, 5, 4)), np.zeros(5, dtype=bool)
+    for deterministic in (True, False):
+        predictions = []
+        for each in policies:
+            th.manual_seed(0)
+            state, actions = None, []
+            for obs in observations.astype(np.float32):
+                action, state = each.predict(obs, state, starts, deterministic)
+                actions.append(action)
+            predictions.append((np.stack(actions), *(state or ())))
+        assert 0 < predictions[0][0].mean() < 1
+        for others in predictions[1:]:
+            assert len(others) == (3 if "Lstm" in policy else 1)
+            for one, other in zip(predictions[0], others, strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+class SaveWhileWorkersRun(BaseCallback):
+    """Waits until the workers wait too, so that what it reads does not move, and saves once."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.seen: dict[str, Any] = {}
+
+    def _on_step(self) -> bool:
+        if self.n_calls == 25:
+            assert isinstance(self.model, A3C)
+            while difference(self.seen, parameters_of(self.model)):
+                self.seen = parameters_of(self.model)
+                time.sleep(0.2)
+            self.counts = (self.num_timesteps, self.model._n_updates)
+            self.model.save(self.path)
+        return True
+
+
+@BOTH
+@pytest.mark.parametrize(("policy", "use_rms_prop"), [("MlpPolicy", True), ("MlpLstmPolicy", False)])
+def test_a_checkpoint_is_the_model_that_the_callback_sees(
+    policy: str, use_rms_prop: bool, n_workers: int, tmp_path: Path
+) -> None:
+    kwargs: dict[str, Any] = dict(n_steps=5, use_rms_prop=use_rms_prop, learning_rate=1e-3)
+    model = A3C(policy, cartpole(), n_workers=n_workers, take_turns=True, envs_per_update=2, **kwargs)
+    before, checkpoint = parameters_of(model), SaveWhileWorkersRun(tmp_path / "checkpoint.zip")
+    model.learn(400, callback=checkpoint)
+    assert difference(checkpoint.seen["policy"], before["policy"])
+    assert difference(checkpoint.seen["policy"], model.get_parameters()["policy"])
+
+    loaded = A3C.load(tmp_path / "checkpoint.zip", env=cartpole())
+    assert not difference(checkpoint.seen, loaded.get_parameters())
+    assert (loaded.num_timesteps, loaded._n_updates) == checkpoint.counts
+    moments = checkpoint.seen["policy.optimizer"]["state"]
+    assert len(moments) == len(list(model.policy.parameters()))
+    for state in moments.values():
+        assert float(state["step"]) >= checkpoint.counts[1] >= 8  # workers may be ahead of what callbacks see
+        assert state["square_avg" if use_rms_prop else "exp_avg_sq"].max() > 0
+
+    loaded.learn(200, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 100 + 200
+    assert difference(checkpoint.seen, loaded.get_parameters())
+    first = loaded.get_parameters()["policy.optimizer"]["state"][0]["step"]
+    assert float(first) == float(moments[0]["step"]) + 2 * 200 / 20  # two chunks of environments in each rollout
+
+
+def read_zip(path: Path) -> tuple[set[str], dict[str, Any]]:
+    with zipfile.ZipFile(path) as file:
+        return set(file.namelist()), json.loads(file.read("data"))
+
+
+@BOTH
+def test_a_checkpoint_holds_neither_workers_nor_environments(n_workers: int, tmp_path: Path) -> None:
+    model = A3C("MlpLstmPolicy", cartpole(), n_workers=n_workers, n_steps=5, take_turns=True)
+    model.learn(200, callback=SaveWhileWorkersRun(tmp_path / "a3c.zip"))
+    A2C("MlpPolicy", cartpole()).learn(20).save(tmp_path / "a2c.zip")
+    names, data = read_zip(tmp_path / "a3c.zip")
+    names_in_a2c, data_in_a2c = read_zip(tmp_path / "a2c.zip")
+    assert names == names_in_a2c
+    own = {"n_workers", "envs_per_update", "take_turns", "start_method", "max_worker_restarts", "worker_timeout"}
+    own |= {"use_rms_prop", "rms_prop_eps"}
+    assert data.keys() - data_in_a2c.keys() == own | {"_n_updates_at_start"}
+    assert data_in_a2c.keys() <= data.keys() | {"rollout_buffer_class", "rollout_buffer_kwargs"}
+    pickles = {
+        key: base64.b64decode(value[":serialized:"])
+        for key, value in data.items()
+        if isinstance(value, dict) and ":serialized:" in value
+    }
+    assert b"LstmActorCriticPolicy" in pickles["policy_class"]  # names can be read there
+    for key, pickled in pickles.items():
+        for name in (b"multiprocessing", b"socket", b"vec_env", b"CartPole", b"collector", b"supervisor", b"sb3_a3c.store"):
+            assert name not in pickled, (key, name)
+
+
+@BOTH
+def test_exclude_and_include(n_workers: int, tmp_path: Path) -> None:
+    path, env = tmp_path / "model.zip", cartpole(2)
+    kwargs: dict[str, Any] = dict(n_workers=n_workers, take_turns=True, n_steps=5)
+    model = A3C("MlpPolicy", env, tensorboard_log=str(tmp_path), **kwargs).learn(20)
+    model.save(path, exclude=["tensorboard_log", "ep_info_buffer"], include=["env"])
+    _, data = read_zip(path)
+    assert "env" in data
+    assert not {"tensorboard_log", "ep_info_buffer"} & data.keys()
+    loaded = A3C.load(path)
+    assert loaded.tensorboard_log is None
+    assert loaded.get_env() is not None
+    assert loaded.get_env() is not env
+    loaded.learn(20, reset_num_timesteps=False)  # in the environments that were saved
+    assert loaded.num_timesteps == model.num_timesteps + 20
+
+
+# --- what can be changed on loading ---------------------------------------------------------------------------------
+
+
+class EnvIndices(BaseCallback):
+    """Whose transitions there were, and what `mark` says of the environments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.indices: set[int] = set()
+        self.marks: set[Any] = set()
+
+    def _on_step(self) -> bool:
+        self.indices |= {info["env_index"] for info in self.locals["infos"]}
+        self.marks |= {info.get("mark") for info in self.locals["infos"]}
+        return True
+
+
+@EITHER_POLICY
+@pytest.mark.parametrize(("n_envs", "n_workers"), [(1, 0), (3, 3), (6, 2), (6, None)])
+def test_another_number_of_environments_and_workers(n_envs: int, n_workers: int | None, policy: str, tmp_path: Path) -> None:
+    model = A3C(policy, cartpole(4), n_workers=2, n_steps=5, take_turns=True).learn(100)
+    model.save(tmp_path / "model")
+    loaded = A3C.load(tmp_path / "model", env=cartpole(n_envs), n_workers=n_workers)
+    assert not difference(model.get_parameters(), loaded.get_parameters())
+    assert (loaded.n_envs, loaded.n_workers) == (n_envs, n_workers)
+    seen = EnvIndices()
+    loaded.learn(10 * n_envs, callback=seen, reset_num_timesteps=False)
+    assert seen.indices == set(range(n_envs))
+    assert loaded.num_timesteps == 100 + 10 * n_envs
+
+
+def test_a_model_of_several_workers_can_be_loaded_with_a_single_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = A3C("MlpLstmPolicy", cartpole(4), n_workers=2).learn(100)
+    model.save(tmp_path / "model")
+    no_process_may_start(monkeypatch)
+    for env in (gym.make("CartPole-v1"), cartpole(1)):
+        loaded = A3C.load(tmp_path / "model", env=env)
+        assert not difference(model.get_parameters(), loaded.get_parameters())
+        vec_env = loaded.get_env()
+        assert vec_env is not None
+        assert vec_env.num_envs == 1
+        rewards, _ = evaluate_policy(loaded, vec_env, n_eval_episodes=2, return_episode_rewards=True, warn=False)
+        assert len(rewards) == 2  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"n_workers=2"):
+            loaded.learn(20)
+        loaded.n_workers = 0
+        loaded.learn(20)
+        assert difference(model.get_parameters(), loaded.get_parameters())
+
+
+def test_bad_arguments_are_noticed_on_loading(tmp_path: Path) -> None:
+    A3C("MlpPolicy", cartpole(), n_workers=2).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"`n_workers` must be an integer and at least 0, not -1"):
+        A3C.load(tmp_path / "model", n_workers=-1)
+    with pytest.raises(ValueError, match="Observation spaces do not match"):
+        A3C.load(tmp_path / "model", env=make_vec_env("Acrobot-v1", n_envs=4))
+    with pytest.raises(ValueError, match=r"device='cuda'"):
+        A3C.load(tmp_path / "model", device="cuda")
+
+
+@BOTH
+def test_custom_objects_replace_the_learning_rate(n_workers: int, tmp_path: Path) -> None:
+    model = A3C(
+        "MlpPolicy", cartpole(), learning_rate=lambda progress: 0.1, n_steps=5, n_workers=n_workers, envs_per_update=2
+    )
+    model.learn(20)
+    model.save(tmp_path / "model")
+    saved = parameters_of(model)
+    frozen = A3C.load(
+        tmp_path / "model", env=cartpole(), custom_objects={"learning_rate": 0.0, "lr_schedule": lambda progress: 0.0}
+    )
+    frozen.learn(100)
+    assert frozen._n_updates >= 10
+    assert not difference(saved["policy"], frozen.get_parameters()["policy"])
+    slow = A3C.load(tmp_path / "model", env=cartpole(), custom_objects={"learning_rate": lambda progress: 1e-4})
+    slow.learn(100)
+    assert difference(saved["policy"], slow.get_parameters()["policy"])
+    assert slow.policy.optimizer.param_groups[0]["lr"] == 1e-4
+    largest = max(float((p - saved["policy"][name]).abs().max()) for name, p in slow.policy.state_dict().items())
+    assert 0 < largest < 3e-3  # so little only with the new rate: Adam's 10 steps are about as long as the rate
+
+
+def test_print_system_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    A3C("MlpPolicy", cartpole(1)).save(tmp_path / "model")
+    A3C.load(tmp_path / "model")
+    assert capsys.readouterr().out == ""
+    A3C.load(tmp_path / "model", print_system_info=True)
+    output = capsys.readouterr().out
+    assert output.index("== CURRENT SYSTEM INFO ==") < output.index("== SAVED MODEL SYSTEM INFO ==")
+    assert output.count(f"PyTorch: {th.__version__}") == 2
+
+
+# --- going on -------------------------------------------------------------------------------------------------------
+
+
+class RolloutFinished(BaseCallback):
+    """Where SB3's loop is, at each rollout's end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[float, ...]] = []
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        self.seen.append((self.num_timesteps, self.model._current_progress_remaining, self._rate()))
+
+    def _on_training_end(self) -> None:
+        self._on_rollout_start()
+
+    def _rate(self) -> float:
+        rate: float = self.model.lr_schedule(self.model._current_progress_remaining)
+        return rate
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["", "loaded"])
+@BOTH
+def test_counts_and_schedules_go_on_as_in_a2c(n_workers: int, loaded: bool, tmp_path: Path) -> None:
+    kwargs: dict[str, Any] = dict(n_steps=5, learning_rate=lambda progress: 1e-3 * progress)
+    runs = []
+    a3c = dict(n_workers=n_workers, take_turns=True, envs_per_update=4 if n_workers == 0 else 2)
+    for model in (A2C("MlpPolicy", cartpole(), **kwargs), A3C("MlpPolicy", cartpole(), **kwargs, **a3c)):  # type: ignore[arg-type]
+        each: Any = model
+        run: list[Any] = []
+        for n_timesteps, reset in ((200, True), (100, False), (300, False), (100, True)):
+            progress = RolloutFinished()
+            each.learn(n_timesteps, callback=progress, reset_num_timesteps=reset)
+            rate = each.policy.optimizer.param_groups[0]["lr"]
+            if isinstance(each, A2C):  # sets the rate before its last update, A3C after it
+                rate = progress.seen[-1][2]
+            run.append((progress.seen, each.num_timesteps, each._total_timesteps, rate))
+            if loaded:
+                each.save(tmp_path / "model")
+                each = type(each).load(tmp_path / "model", env=cartpole())
+        run.append(each._n_updates)
+        runs.append(run)
+    assert runs[0][:-1] == runs[1][:-1]
+    assert runs[0][-1] == 700 / 20
+    assert runs[1][-1] == runs[0][-1] * (1 if n_workers == 0 else 2)  # each worker learns for itself
+    assert [timesteps for _, timesteps, _, _ in runs[1][:-1]] == [200, 300, 600, 100]
+
+
+# --- parameters by hand ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["dict", "path", "file"])
+@EITHER_POLICY
+@EITHER_OPTIMIZER
+def test_set_parameters_takes_parameters_and_moments(use_rms_prop: bool, policy: str, source: str, tmp_path: Path) -> None:
+    kwargs: dict[str, Any] = dict(n_steps=5, n_workers=0, use_rms_prop=use_rms_prop)
+    model, other = (A3C(policy, cartpole(), **kwargs, seed=seed).learn(n) for seed, n in ((1, 100), (2, 60)))
+    model.save(tmp_path / "model.zip")
+    assert difference(model.get_parameters(), other.get_parameters())
+    given: Any = model.get_parameters() if source == "dict" else str(tmp_path / "model.zip")
+    if source == "file":
+        given = io.BytesIO((tmp_path / "model.zip").read_bytes())
+    assert source != "dict" or given.keys() == {"policy", "policy.optimizer"}
+    other.set_parameters(given)
+    assert not difference(model.get_parameters(), other.get_parameters())
+    for each in (model, other):
+        each.set_random_seed(3)
+        each.learn(100)
+    assert not difference(model.get_parameters(), other.get_parameters())
+    other.set_random_seed(4)
+    model.set_random_seed(3)
+    assert difference(*(parameters_of(each.learn(100)) for each in (model, other)))
+
+
+@BOTH
+def test_workers_start_from_the_parameters_and_moments_that_were_set(n_workers: int) -> None:
+    kwargs: dict[str, Any] = dict(n_steps=5, n_workers=n_workers, envs_per_update=2, take_turns=True, learning_rate=0.0)
+    model = A3C("MlpLstmPolicy", cartpole(), **kwargs).learn(100)
+    new = parameters_of(
+        A3C("MlpLstmPolicy", cartpole(), n_steps=5, n_workers=0, envs_per_update=2, learning_rate=1e-2).learn(40)
+    )
+    new["policy.optimizer"]["param_groups"][0]["lr"] = 0.0
+    assert difference(model.get_parameters()["policy"], new["policy"])
+    model.set_parameters(new)
+    model.learn(60)
+    after = model.get_parameters()
+    assert not difference(after["policy"], new["policy"])
+    assert {float(state["step"]) for state in new["policy.optimizer"]["state"].values()} == {4.0}
+    assert {float(state["step"]) for state in after["policy.optimizer"]["state"].values()} == {4.0 + 6.0}
+
+
+def test_parts_of_the_parameters_can_be_set() -> None:
+    model, other = (A3C("MlpLstmPolicy", cartpole(), n_workers=0, seed=seed).learn(40) for seed in (1, 2))
+    before, new = parameters_of(model), parameters_of(other)
+    part = {"policy": {"value_net.bias": new["policy"]["value_net.bias"]}}
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict"):
+        model.set_parameters(part)
+    with pytest.raises(ValueError, match="Names of parameters do not match"):
+        model.set_parameters({"policy": before["policy"]})
+    with pytest.raises(ValueError, match="Key critic is an invalid object name"):
+        model.set_parameters({"critic": part["policy"]}, exact_match=False)
+    model.set_parameters(before)
+    model.set_parameters(part, exact_match=False)
+    assert difference(before, model.get_parameters()) == ["/policy/value_net.bias"]
+    assert th.equal(model.get_parameters()["policy"]["value_net.bias"], new["policy"]["value_net.bias"])
+
+
+# --- other environments ---------------------------------------------------------------------------------------------
+
+
+class Marked(gym.Wrapper[Any, Any, Any, Any]):
+    """Its steps can be told from others'."""
+
+    def step(self, action: Any) -> Any:
+        *step, info = super().step(action)
+        return *step, {**info, "mark": "new"}
+
+
+@BOTH
+@pytest.mark.parametrize("loaded", [False, True], ids=["", "loaded"])
+def test_training_goes_on_in_the_environments_that_were_set(loaded: bool, n_workers: int, tmp_path: Path) -> None:
+    model, seen = A3C("MlpLstmPolicy", cartpole(), n_workers=n_workers, n_steps=5, take_turns=True), EnvIndices()
+    model.learn(100, callback=seen)
+    assert seen.marks == {None}
+    if loaded:
+        model.save(tmp_path / "model")
+        model = A3C.load(tmp_path / "model")
+    env, before, seen = cartpole(wrapper_class=Marked), parameters_of(model), EnvIndices()
+    model.set_env(env)
+    assert model.get_env() is env
+    model.learn(100, callback=seen, reset_num_timesteps=False)
+    assert seen.marks == {"new"}
+    assert seen.indices == {0, 1, 2, 3}
+    assert model.num_timesteps == 200
+    assert difference(before["policy"], model.get_parameters()["policy"])
+
+
+@BOTH
+def test_environments_that_do_not_fit_are_refused(n_workers: int) -> None:
+    model = A3C("MlpPolicy", cartpole(), n_workers=n_workers)
+    with pytest.raises(AssertionError, match=r"A3C\.load\(path, env\)"):
+        model.set_env(cartpole(2))
+    with pytest.raises(ValueError, match="Observation spaces do not match"):
+        model.set_env(make_vec_env("Acrobot-v1", n_envs=4))
+
+
+class OwnVecEnv(DummyVecEnv):
+    """Who knows what it does"""
+
+
+def test_environments_that_cannot_be_dealt_out_are_refused_before_a_process_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = A3C("MlpPolicy", cartpole(), n_workers=2)
+    model.set_env(OwnVecEnv([lambda: gym.make("CartPole-v1")] * 4))
+    no_process_may_start(monkeypatch)
+    with pytest.raises(ValueError, match=r"OwnVecEnv out.*n_workers=0"):
+        model.learn(20)

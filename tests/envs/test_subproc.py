@@ -1,0 +1,133 @@
+"""A SubprocVecEnv that workers have driven: the user's again, also when a worker died in the middle of a step."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+
+from sb3_a3c import A3C, WorkerDiedError
+from sb3_a3c.envs import subproc
+from sb3_a3c.workers import collector
+
+
+class Slow(gym.Env[Any, Any]):
+    """Observes the number of its steps, and takes its time for them."""
+
+    def __init__(self, seconds: float) -> None:
+        self.observation_space = spaces.Box(0, np.inf, (1,))
+        self.action_space = spaces.Discrete(2)
+        self.render_mode = None
+        self.seconds, self.t = seconds, 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self.t = 0
+        return np.zeros(1, dtype=np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        time.sleep(self.seconds)
+        self.t += 1
+        return np.full(1, self.t, dtype=np.float32), 0.0, False, False, {}
+
+
+@pytest.fixture
+def env() -> Iterator[SubprocVecEnv]:
+    env = SubprocVecEnv([lambda: Slow(0.3)] * 4)
+    yield env
+    env.close()
+
+
+def kill_second_worker(local: dict[str, Any], _: dict[str, Any]) -> bool:
+    os.kill(local["self"]._collector._workers.pids[1], signal.SIGKILL)
+    return True
+
+
+def interrupt(*_: Any) -> bool:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.timeout(60)
+def test_after_a_worker_died_in_mid_step_the_environments_are_in_step_again(env: SubprocVecEnv) -> None:
+    model = A3C("MlpPolicy", env, n_workers=2, n_steps=2)
+    with pytest.raises(WorkerDiedError, match="Worker 1 was killed by SIGKILL"):
+        model.learn(1000, callback=kill_second_worker)
+    assert env.reset().tolist() == [[0]] * 4  # type: ignore[union-attr]
+    for t in range(1, 4):
+        assert env.step(np.zeros(4, dtype=int))[0].tolist() == [[t]] * 4  # type: ignore[union-attr]
+    assert env.get_attr("seconds") == [0.3] * 4
+    model.learn(8)
+    assert model.num_timesteps == 8
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_is_stopped_in_mid_step_may_finish_it(env: SubprocVecEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collector, "STOP_SECONDS", 0.01)
+    model = A3C("MlpPolicy", env, n_workers=2, n_steps=2)
+    for callback in (lambda *_: False, interrupt):
+        if callback is interrupt:
+            with pytest.raises(KeyboardInterrupt):
+                model.learn(1000, callback=interrupt)
+        else:
+            model.learn(1000, callback=callback)
+        for pipe in env.remotes:
+            assert not pipe.poll()
+        assert env.reset().tolist() == [[0]] * 4  # type: ignore[union-attr]
+
+
+@pytest.mark.timeout(60)
+def test_after_ctrl_c_in_a_step_of_this_process_the_environments_are_in_step_again(env: SubprocVecEnv) -> None:
+    model = A3C("MlpPolicy", env, n_workers=0, n_steps=2)
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))  # three steps take 0.9 s, the fourth until 1.2
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(1000)
+    model.learn(8)
+    assert env.reset().tolist() == [[0]] * 4  # type: ignore[union-attr]
+
+
+def test_ctrl_c_interrupts_the_first_reset_of_this_process() -> None:
+    class Reluctant(Slow):
+        def reset(self, **kwargs: Any) -> Any:
+            time.sleep(20)
+            return super().reset(**kwargs)
+
+    model = A3C("MlpPolicy", DummyVecEnv([lambda: Reluctant(0.0)]), n_workers=0)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(1000)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.timeout(60)
+def test_what_does_not_answer_any_more_is_named(env: SubprocVecEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    env.env_method("set_wrapper_attr", "seconds", 2.0, indices=[3])
+    monkeypatch.setattr(subproc, "TAKE_BACK_SECONDS", 0.5)
+    env.reset()
+    env.remotes[3].send(("step", 0))
+    env.processes[2].kill()
+    env.processes[2].join()
+    with pytest.warns(UserWarning, match=r"environments \[2, 3\] do not answer any more.*make a new one"):
+        subproc.take_back(env, range(4))
+    assert env.get_attr("seconds", indices=[0, 1]) == [0.3] * 2
+    env.processes[3].join(0.1)
+    env.remotes = env.remotes[:2]  # close() would wait for those that are gone
+    for process in env.processes[2:]:
+        process.kill()
+
+
+@pytest.mark.timeout(60)
+def test_a_lent_one_never_closes_the_processes(env: SubprocVecEnv) -> None:
+    share = subproc.lend(env, [1, 2])
+    assert share.num_envs == 2
+    assert share.reset().shape == (2, 1)  # type: ignore[union-attr]
+    share.close()
+    assert all(process.is_alive() for process in env.processes)
+    assert env.get_attr("t") == [0] * 4

@@ -1,0 +1,673 @@
+"""The recurrent policies: acting step by step and learning from whole rollouts are one function; SB3's conventions hold."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
+from stable_baselines3.common.utils import obs_as_tensor
+
+from sb3_a3c import CnnLstmPolicy, MlpLstmPolicy, MultiInputLstmPolicy
+from sb3_a3c.policies.interface import as_recurrent
+from sb3_a3c.policies.lstm_policies import LstmActorCriticPolicy
+from sb3_a3c.policies.sampling import to_env_actions
+from sb3_a3c.policies.torch_layers import BabyCNN, LstmState
+
+VECTOR = spaces.Box(-np.inf, np.inf, (3,))
+IMAGE = spaces.Box(0, 255, (1, 84, 84), dtype=np.uint8)
+DICT = spaces.Dict({"image": spaces.Box(0, 255, (3, 36, 36), dtype=np.uint8), "vector": VECTOR})
+CHOICE = spaces.Discrete(4)
+MOVE = spaces.Box(np.array([-1, -2], dtype=np.float32), np.array([1, 4], dtype=np.float32))
+
+KINDS: dict[str, tuple[type[LstmActorCriticPolicy], spaces.Space[Any], spaces.Space[Any]]] = {
+    "mlp": (MlpLstmPolicy, VECTOR, CHOICE),
+    "mlp-box": (MlpLstmPolicy, VECTOR, MOVE),
+    "cnn": (CnnLstmPolicy, IMAGE, CHOICE),
+    "multi": (MultiInputLstmPolicy, DICT, MOVE),
+}
+N_STEPS, N_ENVS, HIDDEN = 6, 3, 16
+
+#: Environment 1 starts an episode in mid-rollout, environments 0 and 2 later at one and the same step.
+STARTS = th.zeros(N_STEPS, N_ENVS, dtype=th.bool)
+STARTS[2, 1] = STARTS[4, 0] = STARTS[4, 2] = True
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As in a worker; more would only wait for one another over such small batches."""
+    before = th.get_num_threads()
+    th.set_num_threads(1)
+    yield
+    th.set_num_threads(before)
+
+
+def make(kind: str, **kwargs: Any) -> LstmActorCriticPolicy:
+    """A policy whose outputs depend on its observations and memory as much as a trained one's."""
+    cls, obs_space, action_space = KINDS[kind]
+    th.manual_seed(0)
+    policy = cls(obs_space, action_space, lambda _: 1e-4, lstm_hidden_size=kwargs.pop("lstm_hidden_size", HIDDEN), **kwargs)
+    with th.no_grad():  # SB3 begins with almost uniform choices
+        linear(policy.action_net).weight.mul_(100)
+    return policy
+
+
+def linear(module: th.nn.Module) -> th.nn.Linear:
+    assert isinstance(module, th.nn.Linear)
+    return module
+
+
+@pytest.fixture(params=KINDS)
+def policy(request: pytest.FixtureRequest) -> Iterator[LstmActorCriticPolicy]:
+    """One of each kind, in double precision: what remains of rounding is far below any effect."""
+    return make(request.param).double()  # type: ignore[return-value]
+
+
+def sample_obs(space: spaces.Space[Any], *batch: int, seed: int = 0) -> Any:
+    if isinstance(space, spaces.Dict):
+        return {key: sample_obs(part, *batch, seed=seed) for key, part in space.spaces.items()}
+    rng = np.random.default_rng(seed)
+    assert space.shape is not None
+    shape = (*batch, *space.shape)
+    if space.dtype == np.uint8:
+        return rng.integers(0, 256, shape, dtype=np.uint8)
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def part_of(obs: Any, index: Any) -> Any:
+    return {key: value[index] for key, value in obs.items()} if isinstance(obs, dict) else obs[index]
+
+
+def as_tensor(obs: Any) -> Any:
+    return obs_as_tensor(obs, th.device("cpu"))
+
+
+def flat(obs: Any) -> Any:
+    """(T, N, …) -> (T * N, …), time-major"""
+    if isinstance(obs, dict):
+        return {key: flat(value) for key, value in obs.items()}
+    return obs.reshape(-1, *obs.shape[2:])
+
+
+def random_state(policy: LstmActorCriticPolicy, n_envs: int = N_ENVS) -> LstmState:
+    generator = th.Generator().manual_seed(1)
+    return tuple(th.randn(part.shape, generator=generator, dtype=part.dtype) for part in policy.initial_state(n_envs))
+
+
+def step_by_step(
+    policy: LstmActorCriticPolicy, obs: Any, state: LstmState, starts: th.Tensor
+) -> tuple[th.Tensor, th.Tensor, th.Tensor, LstmState]:
+    """Actions, values and log-probabilities (T, N, …) of single steps, the memory carried, and the memory at the end."""
+    steps = []
+    with th.no_grad():
+        for t in range(len(starts)):
+            *step, state = policy.forward(as_tensor(part_of(obs, t)), state, starts[t])
+            steps.append(step)
+    actions, values, log_probs = (th.stack(column) for column in zip(*steps, strict=True))
+    return actions, values, log_probs, state
+
+
+def lstm_calls(policy: LstmActorCriticPolicy) -> list[tuple[int, ...]]:
+    """A list that will grow by the input shape of each call."""
+    calls: list[tuple[int, ...]] = []
+    policy.lstm.register_forward_hook(lambda _module, inputs, _output: calls.append(tuple(inputs[0].shape)))
+    return calls
+
+
+def assert_close(a: Any, b: Any, tolerance: float = 1e-10) -> None:
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("first_step_starts", [False, True])
+def test_a_whole_rollout_equals_single_steps(policy: LstmActorCriticPolicy, first_step_starts: bool) -> None:
+    obs, state, starts = sample_obs(policy.observation_space, N_STEPS, N_ENVS), random_state(policy), STARTS.clone()
+    starts[0, 1] = first_step_starts
+    actions, values, log_probs, _ = step_by_step(policy, obs, state, starts)
+    batch = as_tensor(flat(obs)), actions.flatten(0, 1)
+    with th.no_grad():
+        all_values, all_log_probs, entropies = policy.evaluate_actions(*batch, state, starts)
+        others = policy.evaluate_actions(*batch, state, th.zeros_like(starts))
+    assert all_values.shape == (N_STEPS * N_ENVS, 1)
+    assert all_log_probs.shape == (N_STEPS * N_ENVS,)
+    assert entropies is not None
+    assert entropies.shape == (N_STEPS * N_ENVS,)
+    assert_close(all_values.reshape(N_STEPS, N_ENVS, 1), values)
+    assert_close(all_log_probs.reshape(N_STEPS, N_ENVS), log_probs)
+    # the test would notice: without the episodes' starts the numbers are others, from the first start on and not before
+    differs = (others[0] - all_values).abs().reshape(N_STEPS, N_ENVS) > 1e-6
+    assert th.equal(differs, starts.cumsum(dim=0) > 0)
+
+
+def test_an_episodes_past_does_not_matter(policy: LstmActorCriticPolicy) -> None:
+    obs, state = sample_obs(policy.observation_space, N_STEPS, N_ENVS), random_state(policy)
+    batch = as_tensor(flat(obs)), step_by_step(policy, obs, state, STARTS)[0].flatten(0, 1)
+    with th.no_grad():
+        values = policy.evaluate_actions(*batch, state, STARTS)[0].reshape(N_STEPS, N_ENVS)
+        others = policy.evaluate_actions(*batch, policy.initial_state(N_ENVS), STARTS)[0].reshape(N_STEPS, N_ENVS)
+    assert th.equal((values - others).abs() > 1e-9, STARTS.cumsum(dim=0) == 0)
+
+
+def test_the_lstm_is_called_once_for_each_stretch_between_starts(policy: LstmActorCriticPolicy) -> None:
+    obs, state = as_tensor(flat(sample_obs(policy.observation_space, N_STEPS, N_ENVS))), random_state(policy)
+    actions = th.zeros(N_STEPS * N_ENVS, *policy.action_space.shape)  # type: ignore[misc]
+    starts = STARTS.clone()
+    starts[0] = True  # costs nothing
+    calls = lstm_calls(policy)
+    policy.evaluate_actions(obs, actions, state, starts)
+    assert [shape[:2] for shape in calls] == [(2, N_ENVS), (2, N_ENVS), (2, N_ENVS)]  # from steps 0, 2 and 4
+    calls.clear()
+    policy.evaluate_actions(obs, actions, state, th.zeros_like(STARTS))
+    assert [shape[:2] for shape in calls] == [(N_STEPS, N_ENVS)]
+    calls.clear()
+    policy.evaluate_actions(obs, actions, state, th.ones_like(STARTS))
+    assert [shape[:2] for shape in calls] == [(1, N_ENVS)] * N_STEPS
+
+
+@pytest.mark.parametrize("head", ["value", "log_prob"])
+def test_each_heads_gradient_reaches_the_lstm_and_the_extractor(policy: LstmActorCriticPolicy, head: str) -> None:
+    obs, state = sample_obs(policy.observation_space, N_STEPS, N_ENVS), random_state(policy)
+    actions = step_by_step(policy, obs, state, STARTS)[0].flatten(0, 1)
+    values, log_prob, _ = policy.evaluate_actions(as_tensor(flat(obs)), actions, state, STARTS)
+    {"value": values, "log_prob": log_prob}[head].sum().backward()  # type: ignore[no-untyped-call]
+    reached = [*policy.lstm.parameters(), *policy.features_extractor.parameters()]
+    assert len(reached) >= 4
+    for parameter in reached:
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() > 0
+
+
+def test_gradients_flow_through_time_but_not_over_an_episodes_start() -> None:
+    policy = make("mlp").double()
+    assert isinstance(policy, MlpLstmPolicy)
+    state = tuple(part.requires_grad_() for part in random_state(policy))
+    values, _, _ = policy.evaluate_actions(
+        as_tensor(flat(sample_obs(VECTOR, N_STEPS, N_ENVS))), th.zeros(N_STEPS * N_ENVS), state, STARTS
+    )
+    gradients = th.autograd.grad(values.reshape(N_STEPS, N_ENVS)[3].sum(), state)
+    for gradient in gradients:  # of the values at step 3, over the states before step 0: environment 1 started at 2
+        reached = gradient[0].abs().amax(dim=1) > 0
+        assert reached.tolist() == [True, False, True]
+
+
+def test_forward_and_its_kin_agree(policy: LstmActorCriticPolicy) -> None:
+    obs, state = as_tensor(sample_obs(policy.observation_space, N_ENVS)), random_state(policy)
+    starts = th.tensor([False, True, False])
+    with th.no_grad():
+        actions, values, log_prob, after = policy.forward(obs, state, starts, deterministic=True)
+        distribution, other_after = policy.get_distribution(obs, state, starts)
+        assert th.equal(policy.predict_values(obs, state, starts), values)
+        assert th.equal(distribution.mode(), actions)
+        assert th.equal(distribution.log_prob(actions), log_prob)
+    assert actions.shape == (N_ENVS, *policy.action_space.shape)  # type: ignore[misc]
+    assert values.shape == (N_ENVS, 1)
+    assert log_prob.shape == (N_ENVS,)
+    assert all(th.equal(a, b) for a, b in zip(after, other_after, strict=True))
+    assert [part.shape for part in after] == [part.shape for part in state]
+
+
+# --- predict ---
+
+
+def arrays(*parts: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], ...]:
+    return parts
+
+
+def predicted_state(policy: LstmActorCriticPolicy, *args: Any) -> tuple[npt.NDArray[Any], ...]:
+    obs, state, starts = (*args, None, None)[:3]
+    after = policy.predict(obs, state, starts, deterministic=True)[1]
+    assert after is not None
+    return after
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n_lstm_layers", [1, 2])
+def test_predict_returns_arrays_in_sb3_contribs_shapes(kind: str, n_lstm_layers: int) -> None:
+    policy = make(kind, n_lstm_layers=n_lstm_layers)
+    for n_envs in (1, N_ENVS):
+        actions, state = policy.predict(sample_obs(policy.observation_space, n_envs))
+        assert isinstance(actions, np.ndarray)
+        assert actions.shape == (n_envs, *policy.action_space.shape)  # type: ignore[misc]
+        assert isinstance(state, tuple)
+        assert [type(part) for part in state] == [np.ndarray, np.ndarray]
+        assert [part.shape for part in state] == [(n_lstm_layers, n_envs, HIDDEN)] * 2
+    action, state = policy.predict(sample_obs(policy.observation_space))
+    assert policy.action_space.contains(action if np.shape(action) else np.int64(action))
+    assert state is not None
+    assert [part.shape for part in state] == [(n_lstm_layers, 1, HIDDEN)] * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predict_of_one_observation_is_that_of_a_batch_of_one(kind: str) -> None:
+    policy = make(kind)
+    obs, starts = sample_obs(policy.observation_space, 1), np.array([False])
+    before = predicted_state(policy, sample_obs(policy.observation_space, 1, seed=1))
+    actions, state = policy.predict(obs, before, starts, deterministic=True)
+    action, other_state = policy.predict(part_of(obs, 0), before, starts, deterministic=True)
+    np.testing.assert_array_equal(action, actions[0])
+    assert state is not None
+    assert other_state is not None
+    np.testing.assert_array_equal(state, other_state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predict_without_a_state_begins_with_zeros(kind: str) -> None:
+    policy = make(kind)
+    obs = sample_obs(policy.observation_space, N_ENVS)
+    zeros = arrays(*(np.zeros((1, N_ENVS, HIDDEN), dtype=np.float32) for _ in range(2)))
+    actions, state = policy.predict(obs, None, np.ones(N_ENVS, dtype=bool), deterministic=True)
+    for others in (
+        policy.predict(obs, deterministic=True),
+        policy.predict(obs, zeros, deterministic=True),
+        policy.predict(obs, zeros, np.zeros(N_ENVS, dtype=bool), deterministic=True),
+        policy.predict(obs, tuple(part + 1 for part in zeros), np.ones(N_ENVS, dtype=bool), deterministic=True),
+    ):
+        np.testing.assert_array_equal(others[0], actions)
+        np.testing.assert_array_equal(others[1], state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predict_zeroes_the_state_only_where_an_episode_starts(kind: str) -> None:
+    policy = make(kind)
+    obs = sample_obs(policy.observation_space, N_ENVS)
+    before = predicted_state(policy, sample_obs(policy.observation_space, N_ENVS, seed=1))
+    copies = [part.copy() for part in before]
+    carried = predicted_state(policy, obs, before, np.zeros(N_ENVS, dtype=bool))
+    fresh = predicted_state(policy, obs)
+    mixed = predicted_state(policy, obs, before, np.array([False, True, False]))
+    for part, one, other in zip(mixed, carried, fresh, strict=True):
+        assert np.abs(one - other).max(axis=(0, 2)).min() > 1e-3
+        np.testing.assert_array_equal(part[:, [0, 2]], one[:, [0, 2]])
+        np.testing.assert_array_equal(part[:, 1], other[:, 1])
+    np.testing.assert_array_equal(before, copies)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predict_takes_the_same_steps_as_forward(kind: str) -> None:
+    policy = make(kind)
+    obs = sample_obs(policy.observation_space, N_STEPS, N_ENVS)
+    state, reference = None, policy.initial_state(N_ENVS)
+    for t in range(N_STEPS):
+        actions, state = policy.predict(part_of(obs, t), state, STARTS[t].numpy(), deterministic=True)
+        with th.no_grad():
+            expected, _, _, reference = policy.forward(as_tensor(part_of(obs, t)), reference, STARTS[t], deterministic=True)
+        np.testing.assert_array_equal(actions, to_env_actions(policy, expected.numpy()))
+    np.testing.assert_array_equal(state, [part.numpy() for part in reference])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deterministic_predictions_repeat_and_others_are_drawn(kind: str) -> None:
+    policy = make(kind)
+    with th.no_grad():
+        linear(policy.action_net).weight.div_(1000)  # so that all four choices are drawn
+    obs = sample_obs(policy.observation_space, 20)
+    first, second = (policy.predict(obs, deterministic=True) for _ in range(2))
+    np.testing.assert_array_equal(first[0], second[0])
+    np.testing.assert_array_equal(first[1], second[1])
+    th.manual_seed(0)
+    drawn, others = policy.predict(obs)[0], policy.predict(obs)[0]
+    assert not np.array_equal(drawn, others)
+    th.manual_seed(0)
+    np.testing.assert_array_equal(policy.predict(obs)[0], drawn)
+
+
+@pytest.mark.parametrize("kind", ["mlp-box", "multi"])
+def test_predicted_actions_are_clipped_to_the_space(kind: str) -> None:
+    policy = make(kind)
+    with th.no_grad():
+        linear(policy.action_net).bias.copy_(th.tensor([100.0, -100.0]))
+    actions, _ = policy.predict(sample_obs(policy.observation_space, N_ENVS))
+    assert actions.tolist() == [[1, -2]] * N_ENVS
+    action, _ = policy.predict(sample_obs(policy.observation_space))
+    assert action.tolist() == [1, -2]
+
+
+def test_predict_leaves_no_gradient_and_turns_dropout_off() -> None:
+    policy = make("mlp", n_lstm_layers=2, lstm_kwargs={"dropout": 0.5})
+    assert policy.lstm.dropout == 0.5
+    policy.set_training_mode(True)
+    obs = sample_obs(VECTOR, N_ENVS)
+    first, second = predicted_state(policy, obs), predicted_state(policy, obs)
+    np.testing.assert_array_equal(first, second)
+    assert not policy.training
+    assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "mlp-box"])
+@pytest.mark.parametrize("feed_forward", [False, True])
+def test_acting_samples_from_the_policys_distribution(kind: str, feed_forward: bool) -> None:
+    _, obs_space, action_space = KINDS[kind]
+    n = 20_000
+    policy: Any = ActorCriticPolicy(obs_space, action_space, lambda _: 1.0) if feed_forward else make(kind)
+    obs = as_tensor(sample_obs(obs_space, 1)).repeat(n, 1)
+    th.manual_seed(0)
+    with th.no_grad():
+        policy.action_net.bias.copy_(th.linspace(-1, 1, len(policy.action_net.bias)))
+        actor = as_recurrent(policy)
+        actions, _, _ = actor.act(obs, actor.initial_state(n), th.zeros(n, dtype=th.bool))
+        if feed_forward:
+            distribution = policy.get_distribution(obs[:1]).distribution
+        else:
+            distribution = policy.get_distribution(obs[:1], policy.initial_state(1), th.zeros(1, dtype=th.bool))[
+                0
+            ].distribution
+    if isinstance(distribution, th.distributions.Categorical):
+        frequencies = th.bincount(actions, minlength=4) / n
+        assert th.allclose(frequencies, distribution.probs[0], atol=0.015)  # four standard deviations
+        assert float(distribution.probs.max() - distribution.probs.min()) > 0.1
+    else:
+        assert th.allclose(actions.mean(dim=0), distribution.mean[0], atol=0.03)
+        assert th.allclose(actions.std(dim=0), distribution.stddev[0], atol=0.03)
+
+
+class Constant(ActorCriticPolicy):
+    def forward(self, obs: Any, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        return th.full((len(obs),), 3), th.zeros(len(obs), 1), th.zeros(len(obs))
+
+
+class LstmConstant(CnnLstmPolicy):
+    def forward(self, obs: Any, state: Any, episode_starts: th.Tensor, deterministic: bool = False) -> Any:  # type: ignore[override]
+        return th.full((len(obs),), 3), th.zeros(len(obs), 1), th.zeros(len(obs)), state
+
+
+@pytest.mark.parametrize(("cls", "space"), [(Constant, VECTOR), (LstmConstant, IMAGE)])
+def test_a_forward_of_ones_own_is_what_acts(cls: type[ActorCriticPolicy], space: spaces.Space[Any]) -> None:
+    actor = as_recurrent(cls(space, CHOICE, lambda _: 1.0))
+    assert actor.new_activation_cache(1, [slice(0, 5)]) is None
+    obs = as_tensor(sample_obs(space, 5))
+    assert actor.act(obs, actor.initial_state(5), th.zeros(5, dtype=th.bool))[0].tolist() == [3] * 5
+
+
+def test_an_lstm_of_ones_own_also_acts() -> None:
+    class Doubled(th.nn.LSTM):
+        def forward(self, *args: Any) -> Any:
+            output, state = super().forward(*args)
+            return 2 * output, state
+
+    class DoubledPolicy(MlpLstmPolicy):
+        def _build_mlp_extractor(self) -> None:
+            super()._build_mlp_extractor()
+            self.lstm = Doubled(self.features_dim, self.lstm_hidden_size)
+
+    policy = DoubledPolicy(VECTOR, CHOICE, lambda _: 1.0)
+    obs, state, starts = as_tensor(sample_obs(VECTOR, 5)), policy.initial_state(5), th.zeros(5, dtype=th.bool)
+    policy.set_training_mode(False)
+    with th.no_grad():
+        acted = policy.act(obs, state, starts)[1]
+    assert th.allclose(acted, policy.evaluate_actions(obs, th.zeros(5), state, starts[None])[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "feed-forward"])
+def test_logits_that_are_no_numbers_are_refused_at_once(kind: str) -> None:
+    policy: Any = make("mlp") if kind == "mlp" else ActorCriticPolicy(VECTOR, CHOICE, lambda _: 1.0)
+    actor = as_recurrent(policy)
+    with pytest.raises(ValueError, match="nan"):
+        actor.act(th.full((1, 3), float("nan")), actor.initial_state(1), th.zeros(1, dtype=th.bool))
+
+
+def test_a_tape_replays_what_was_acted(policy: LstmActorCriticPolicy) -> None:
+    obs = sample_obs(policy.observation_space, N_STEPS, N_ENVS)
+    state = policy.initial_state(N_ENVS)
+    cache = policy.new_activation_cache(N_STEPS, [slice(0, N_ENVS)])
+    assert (cache is not None) == isinstance(policy.features_extractor, (BabyCNN, FlattenExtractor))
+    acted, actions = state, []
+    policy.set_training_mode(False)
+    for t in range(N_STEPS):
+        now = as_tensor(part_of(obs, t))
+        with th.no_grad():
+            _, expected_values, _, state = policy.forward(now, state, STARTS[t])
+            action, values, acted = policy.act(now, acted, STARTS[t], cache)
+        assert th.allclose(values, expected_values, rtol=1e-5, atol=1e-6)
+        actions.append(action)
+    policy.set_training_mode(True)
+    evaluations = []
+    for part in (*(cache.chunk_caches() if cache else []), None):
+        values, log_prob, _ = policy.evaluate_actions(
+            as_tensor(flat(obs)), th.cat(actions), policy.initial_state(N_ENVS), STARTS, part
+        )
+        gradients = th.autograd.grad(values.sum() + log_prob.sum(), list(policy.parameters()))
+        evaluations.append([values, log_prob, *gradients])
+    for one, other in zip(evaluations[0], evaluations[-1], strict=True):
+        assert th.allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["extract_features", "forward", "act", "evaluate_actions"])
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_a_policy_with_methods_of_its_own_gets_no_tape(kind: str, method: str) -> None:
+    policy = make(kind)
+    assert policy.new_activation_cache(2, [slice(0, 8)]) is not None
+    original = getattr(policy, method)
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    setattr(policy, method, own)
+    assert policy.new_activation_cache(2, [slice(0, 8)]) is None
+    subclass = type("Own", (type(policy),), {method: own})
+    another = subclass(policy.observation_space, policy.action_space, lambda _: 1e-4)
+    assert another.new_activation_cache(2, [slice(0, 8)]) is None
+
+
+# --- networks ---
+
+
+def test_defaults_are_baby_a3cs() -> None:
+    policy = CnnLstmPolicy(IMAGE, CHOICE, lambda _: 1e-4)
+    assert isinstance(policy.features_extractor, BabyCNN)
+    assert (policy.lstm.input_size, policy.lstm.hidden_size, policy.lstm.num_layers) == (1152, 256, 1)
+    action_net = linear(policy.action_net)
+    assert (action_net.in_features, action_net.out_features) == (256, 4)
+    value_net = linear(policy.value_net)
+    assert (value_net.in_features, value_net.out_features) == (256, 1)
+    sizes = [p.numel() for p in policy.parameters()]
+    # convolutions, LSTM with its two biases, heads
+    assert sum(sizes) == (9 * 32 + 32) + 3 * (9 * 32 * 32 + 32) + 4 * 256 * (1152 + 256 + 2) + 257 * 4 + 257
+    optimized = [p for group in policy.optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, optimized)) == sorted(map(id, policy.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["cnn", "multi"])
+def test_channels_last_is_a_matter_of_layout_only(kind: str) -> None:
+    policies = {channels_last: make(kind, channels_last=channels_last) for channels_last in (True, False)}
+    for channels_last, policy in policies.items():
+        weights = [p for p in policy.features_extractor.parameters() if p.dim() == 4]
+        assert len(weights) == (4 if kind == "cnn" else 3)
+        for weight in weights:
+            _, n_in, height, width = weight.shape
+            last, first = (n_in * height * width, 1, n_in * width, n_in), (n_in * height * width, height * width, width, 1)
+            assert weight.stride() == (last if channels_last else first)
+    assert next(p for p in policies[True].features_extractor.parameters() if p.dim() == 4).stride(1) == 1
+    # made with one seed: the same parameters, and the same optimizer holds them
+    for one, other in zip(policies[True].parameters(), policies[False].parameters(), strict=True):
+        assert th.equal(one, other)
+    obs = sample_obs(policies[True].observation_space, N_STEPS, N_ENVS)
+    outputs = []
+    for policy in policies.values():
+        actions = th.zeros(N_STEPS * N_ENVS, *policy.action_space.shape)  # type: ignore[misc]
+        with th.no_grad():
+            outputs.append(policy.evaluate_actions(as_tensor(flat(obs)), actions, random_state(policy), STARTS))
+    for tensor, other_tensor in zip(*outputs, strict=True):
+        assert_close(tensor, other_tensor, tolerance=1e-5)
+
+
+def test_channels_last_is_the_default_and_the_optimizer_has_the_same_weights() -> None:
+    policy = make("cnn")
+    assert policy.channels_last
+    weight = next(policy.features_extractor.parameters())
+    assert weight.shape == (32, 1, 3, 3)
+    assert weight.stride(1) == 1
+    assert any(p is weight for p in policy.optimizer.param_groups[0]["params"])
+
+
+def test_another_extractor_can_be_chosen() -> None:
+    policy = make("cnn", features_extractor_class=NatureCNN, features_extractor_kwargs={"features_dim": 40})
+    assert isinstance(policy.features_extractor, NatureCNN)
+    assert policy.lstm.input_size == 40
+    actions, state = policy.predict(sample_obs(IMAGE, N_ENVS))
+    assert actions.shape == (N_ENVS,)
+    assert state is not None
+
+
+@pytest.mark.parametrize("net_arch", [None, [], [32], {"pi": [24, 12], "vf": [8]}, {"vf": [8]}])
+def test_layers_between_lstm_and_heads(net_arch: Any) -> None:
+    policy = make("mlp", net_arch=net_arch)
+    if isinstance(net_arch, dict):
+        widths = tuple((net_arch.get(head) or [HIDDEN])[-1] for head in ("pi", "vf"))
+    else:
+        widths = ((net_arch or [HIDDEN])[-1],) * 2
+    assert (linear(policy.action_net).in_features, linear(policy.value_net).in_features) == widths
+    assert (policy.mlp_extractor.latent_dim_pi, policy.mlp_extractor.latent_dim_vf) == widths
+    obs, state = as_tensor(flat(sample_obs(VECTOR, N_STEPS, N_ENVS))), random_state(policy)
+    values, log_prob, _ = policy.evaluate_actions(obs, th.zeros(N_STEPS * N_ENVS), state, STARTS)
+    assert values.shape == (N_STEPS * N_ENVS, 1)
+    assert log_prob.shape == (N_STEPS * N_ENVS,)
+
+
+def test_two_lstm_layers_act_as_they_learn() -> None:
+    policy = make("mlp", n_lstm_layers=2).double()
+    assert isinstance(policy, MlpLstmPolicy)
+    obs, state = sample_obs(VECTOR, N_STEPS, N_ENVS), random_state(policy)
+    assert [part.shape for part in state] == [(2, N_ENVS, HIDDEN)] * 2
+    actions, values, log_probs, after = step_by_step(policy, obs, state, STARTS)
+    assert [part.shape for part in after] == [(2, N_ENVS, HIDDEN)] * 2
+    with th.no_grad():
+        outputs = policy.evaluate_actions(as_tensor(flat(obs)), actions.flatten(0, 1), state, STARTS)
+    assert_close(outputs[0].reshape(N_STEPS, N_ENVS, 1), values)
+    assert_close(outputs[1].reshape(N_STEPS, N_ENVS), log_probs)
+
+
+@pytest.mark.parametrize("argument", [{"bidirectional": True}, {"batch_first": True}, {"proj_size": 4}])
+def test_lstms_that_can_not_act_step_by_step_are_refused(argument: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(argument))):
+        make("mlp", lstm_kwargs=argument)
+
+
+def test_lstm_kwargs_reach_the_lstm() -> None:
+    assert not make("mlp", lstm_kwargs={"bias": False, "bidirectional": False}).lstm.bias
+
+
+def test_initial_state_is_zero_and_of_the_parameters_precision() -> None:
+    for dtype in (th.float32, th.float64):
+        policy = make("mlp").to(dtype)
+        assert isinstance(policy, MlpLstmPolicy)
+        state = policy.initial_state(2)
+        assert [(part.shape, part.dtype) for part in state] == [((1, 2, HIDDEN), dtype)] * 2
+        assert not any(part.any() for part in state)
+        assert not any(part.requires_grad for part in state)
+
+
+# --- feed-forward policies in the recurrent convention ---
+
+
+@pytest.mark.parametrize(
+    ("cls", "obs_space", "action_space"),
+    [(ActorCriticPolicy, VECTOR, CHOICE), (ActorCriticPolicy, VECTOR, MOVE), (ActorCriticCnnPolicy, IMAGE, CHOICE)],
+)
+def test_a_feed_forward_policy_keeps_its_numbers(
+    cls: type[ActorCriticPolicy], obs_space: spaces.Space[Any], action_space: spaces.Space[Any]
+) -> None:
+    policy = cls(obs_space, action_space, lambda _: 1e-4)
+    actor = as_recurrent(policy)
+    obs = as_tensor(sample_obs(obs_space, N_ENVS))
+    starts = th.zeros(N_ENVS, dtype=th.bool)
+    assert actor.initial_state(N_ENVS) == ()
+    with th.no_grad():
+        th.manual_seed(0)
+        expected = policy(obs)
+        th.manual_seed(0)
+        actions, values, state = actor.act(obs, (), starts)
+        assert state == ()
+        if action_space is MOVE:
+            assert th.equal(actions, expected[0])
+        assert actions.shape == expected[0].shape
+        assert th.equal(values, expected[1])
+        assert th.equal(actor.predict_values(obs, (), starts), policy.predict_values(obs))
+        evaluated, reference = actor.evaluate_actions(obs, actions, (), starts[None]), policy.evaluate_actions(obs, actions)
+        for value, other_value in zip(evaluated, reference, strict=True):
+            assert value is not None
+            assert other_value is not None
+            assert th.equal(value, other_value)
+
+
+def test_ours_are_recurrent_already() -> None:
+    policy = make("mlp")
+    assert as_recurrent(policy) is policy
+
+
+# --- actions ---
+
+
+def test_discrete_actions_are_passed_on() -> None:
+    actions = np.array([0, 3, 2])
+    assert to_env_actions(make("mlp"), actions) is actions
+
+
+def test_gaussian_actions_are_clipped() -> None:
+    actions = np.array([[5, -5], [0.5, 3], [-1, 4]], dtype=np.float32)
+    found = to_env_actions(make("mlp-box"), actions)
+    assert found.tolist() == [[1, -2], [0.5, 3], [-1, 4]]
+    assert found.dtype == np.float32
+    assert actions[0].tolist() == [5, -5]
+
+
+def test_squashed_actions_are_scaled() -> None:
+    policy = make("mlp-box", use_sde=True, squash_output=True)
+    actions = np.array([[-1, -1], [0, 0], [1, 1], [0.5, -0.5]], dtype=np.float32)
+    found = to_env_actions(policy, actions)
+    assert found.tolist() == [[-1, -2], [0, 1], [1, 4], [0.5, -0.5]]
+    assert found.dtype == np.float32
+
+
+def test_a_squashed_policy_predicts_actions_within_the_space_and_has_no_entropy() -> None:
+    policy = make("mlp-box", use_sde=True, squash_output=True)
+    policy.reset_noise(N_ENVS)
+    obs, state = sample_obs(VECTOR, N_STEPS, N_ENVS), random_state(policy)
+    actions, _, log_probs, _ = step_by_step(policy, obs, state, STARTS)
+    assert actions.abs().max() <= 1
+    values, again, entropy = policy.evaluate_actions(as_tensor(flat(obs)), actions.flatten(0, 1), state, STARTS)
+    assert entropy is None
+    assert values.shape == (N_STEPS * N_ENVS, 1)
+    # the logarithm of 1 - tanh² near the bounds magnifies rounding
+    assert_close(again.detach().reshape(N_STEPS, N_ENVS), log_probs, tolerance=1e-2)
+    predicted, _ = policy.predict(obs[0], deterministic=True)
+    assert isinstance(policy.action_space, spaces.Box)
+    assert (predicted >= policy.action_space.low).all()
+    assert (predicted <= policy.action_space.high).all()
+
+
+# --- save and load ---
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("mlp", {"n_lstm_layers": 2, "lstm_kwargs": {"dropout": 0.5}, "net_arch": {"pi": [8], "vf": [4]}}),
+    ("mlp-box", {"use_sde": True, "squash_output": True, "activation_fn": th.nn.ReLU}),
+    ("cnn", {}),
+    ("cnn", {"channels_last": False, "features_extractor_class": NatureCNN}),
+    ("multi", {"optimizer_class": th.optim.RMSprop}),
+]
+
+
+@pytest.mark.parametrize(("kind", "kwargs"), VARIANTS)
+def test_a_saved_policy_is_the_same_when_loaded(kind: str, kwargs: dict[str, Any], tmp_path: Path) -> None:
+    policy = make(kind, **kwargs, lstm_hidden_size=24)
+    path = str(tmp_path / "policy.pt")
+    policy.save(path)
+    loaded = KINDS[kind][0].load(path)
+    assert type(loaded) is type(policy)
+    assert repr(loaded) == repr(policy)
+    for name in ("lstm_hidden_size", "n_lstm_layers", "lstm_kwargs", "channels_last", "net_arch"):
+        assert getattr(loaded, name) == getattr(policy, name)
+    assert type(loaded.optimizer) is type(policy.optimizer)
+    for (name, one), (other_name, other) in zip(policy.named_parameters(), loaded.named_parameters(), strict=True):
+        assert name == other_name
+        assert th.equal(one, other)
+        assert one.stride() == other.stride()
+    obs = sample_obs(policy.observation_space, N_ENVS)
+    before = predicted_state(policy, sample_obs(policy.observation_space, N_ENVS, seed=1))
+    for one_array, other_array in zip(
+        policy.predict(obs, before, deterministic=True), loaded.predict(obs, before, deterministic=True), strict=True
+    ):
+        np.testing.assert_array_equal(one_array, other_array)
