@@ -1,9 +1,9 @@
-"""What to think of a machine before a long run: pure, from what ``machine`` and ``trial`` have measured."""
+"""The doctor's verdicts: pure functions from measured numbers to findings, each with a fix to type."""
 
 import difflib
 import enum
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import gymnasium as gym
@@ -15,13 +15,13 @@ from sb3_a3c.errors import WorkerDiedError
 FILES_PER_WORKER, FILES_PER_ENV = 4, 4
 #: Files that a logger, a checkpoint and imports may open meanwhile.
 SPARE_FILES = 32
-#: More workers than 1.25 times the cores are worth a warning.
-TOO_MANY = 1.25
-#: Of the available memory, workers should leave some to evaluations, checkpoints and other programs.
-ENOUGH_MEMORY = 0.8
-#: Seconds that workers may take to start before it is worth a remark.
+#: Workers per core above which a warning is due.
+MAX_WORKERS_PER_CORE = 1.25
+#: Part of the available memory that workers may use; evaluations, checkpoints and other programs need the rest.
+MAX_MEMORY_USE = 0.8
+#: Seconds above which the start of the workers counts as slow.
 SLOW_START = 30.0
-#: What has to be installed for Atari.
+#: Installs what Atari needs.
 ATARI_PACKAGES = 'pip install "ale-py>=0.12" opencv-python-headless'
 
 
@@ -36,50 +36,36 @@ class Level(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check has found."""
+    """The result of one check."""
 
     name: str
     level: Level
     text: str  #: what was measured
-    fix: str = ""  #: what to type; empty where nothing has to be done
+    fix: str = ""  #: what to type; empty if nothing has to be done
 
 
 def unknown(name: str, why: str) -> Finding:
-    """
-    :param name: of the check
-    :param why: it can't be made
-    :return: the finding that says so
-    """
+    """A check that can't be made here."""
     return Finding(name, Level.UNKNOWN, f"not checked here: {why}")
 
 
 def check_cores(n_workers: int, n_cores: int, quota: float | None) -> Finding:
-    """
-    :param n_workers: number of worker processes
-    :param n_cores: cores that this process may be put on
-    :param quota: how many cores' time its control group may use; None without limit
-    """
+    """Of ``n_cores`` cores, the control group may use ``quota`` cores' time; None without limit."""
     usable = n_cores if quota is None else min(n_cores, quota)
     limit = "no CPU quota" if quota is None else f"a CPU quota of {quota:.3g}"
     text = f"{_count(n_workers, 'worker')} on {_count(n_cores, 'core')}, {limit}"
-    if n_workers <= TOO_MANY * usable:
+    if n_workers <= MAX_WORKERS_PER_CORE * usable:
         return Finding("cores", Level.OK, text)
     if usable < 1:
         return Finding("cores", Level.WARNING, text, "docker run --cpus=1 (or more), with A3C(…, n_workers=1)")
-    return Finding(
-        "cores", Level.WARNING, f"{text}: more only pays where environments wait", f"A3C(…, n_workers={int(usable)})"
-    )
+    text += ": more only pays where environments wait"
+    return Finding("cores", Level.WARNING, text, f"A3C(…, n_workers={int(usable)})")
 
 
 def check_open_files(limits: tuple[int, int] | None, n_open: int, n_workers: int, n_envs: int) -> Finding:
-    """
-    :param limits: how many files this process may have open, and to how many it may raise that
-    :param n_open: how many it has open
-    :param n_workers: number of worker processes
-    :param n_envs: number of environments
-    """
+    """``limits``: how many files this process may have open, and to how many it may raise that itself."""
     if limits is None:
-        return unknown("open files", "the system has no limit that Python knows")
+        return unknown("open files", "Python knows no limit of this system")
     soft, hard = limits
     workers_need = n_open + SPARE_FILES + FILES_PER_WORKER * n_workers
     need = workers_need + FILES_PER_ENV * n_envs
@@ -91,10 +77,7 @@ def check_open_files(limits: tuple[int, int] | None, n_open: int, n_workers: int
 
 
 def check_shared_memory(free: int | None, needed: int) -> Finding:
-    """
-    :param free: bytes of shared memory that are free
-    :param needed: bytes of a ``SharedMemoryStore``
-    """
+    """Bytes that are free, and bytes that a ``SharedMemoryStore`` needs."""
     if free is None:
         return unknown("shared memory", "there is no /dev/shm")
     text = f"/dev/shm has {_size(free)} free, weights and optimizer state need {_size(needed)}"
@@ -107,43 +90,32 @@ def check_shared_memory(free: int | None, needed: int) -> Finding:
     return Finding("shared memory", Level.PROBLEM, text, fix)
 
 
-def unusable_environment(env_id: str, error: Exception, known_ids: Iterable[str]) -> Finding:
-    """
-    :param env_id: of the environment
-    :param error: what making it raised
-    :param known_ids: of all environments that are registered
-    """
+def unusable_environment(env_id: str, error: Exception, known_ids: Collection[str]) -> Finding:
+    """Making the environment raised ``error``; ``known_ids`` are all that are registered."""
     text = f"{env_id} can't be made: {type(error).__name__}: {error}"
-    return Finding("environment", Level.PROBLEM, text, _how_to_make(env_id, error, list(known_ids)))
+    return Finding("environment", Level.PROBLEM, text, _how_to_make(env_id, error, known_ids))
 
 
-def looks_like_atari(env_id: str) -> bool:
-    """
-    :param env_id: of an environment, whether it is registered or not
-    :return: whether it should be one of ALE's
-    """
-    return "NoFrameskip" in env_id or env_id.startswith("ALE/")
-
-
-def _how_to_make(env_id: str, error: Exception, known_ids: Sequence[str]) -> str:
-    if looks_like_atari(env_id) and not any(looks_like_atari(known) for known in known_ids):
-        return f"{ATARI_PACKAGES} (the ROMs come with ale-py)"
-    if isinstance(error, gym.error.UnregisteredEnv):
+def _how_to_make(env_id: str, error: Exception, known_ids: Collection[str]) -> str:
+    is_atari = _looks_like_atari(env_id)
+    has_atari = any(_looks_like_atari(known) for known in known_ids)
+    if isinstance(error, gym.error.UnregisteredEnv) and (has_atari or not is_atari):
         if close := difflib.get_close_matches(env_id, known_ids):
             return " or ".join(f"--env {known}" for known in close)
         return "--env your_module:YourEnv-v0 for your own; others: python -c 'import gymnasium as g; g.pprint_registry()'"
-    if looks_like_atari(env_id) or "ale-py" in str(error):  # cv2, or a ROM, is missing
+    if is_atari or "ale-py" in str(error):  # a package, or a ROM, is missing
         return f"{ATARI_PACKAGES} (the ROMs come with ale-py)"
     if commands := re.findall(r"`(pip install [^`]+)`", str(error)):
         return " && ".join(commands)
     return f"""look at the traceback of python -c 'import gymnasium as g; g.make("{env_id}").reset()'"""
 
 
+def _looks_like_atari(env_id: str) -> bool:
+    return "NoFrameskip" in env_id or env_id.startswith("ALE/")
+
+
 def check_gradient(mismatch: str | None, text: str) -> Finding:
-    """
-    :param mismatch: where shared weights are not what torch's optimizer makes of private ones; None if nowhere
-    :param text: what was compared
-    """
+    """``mismatch``: where shared weights differ from those of torch's optimizer. ``text``: what was compared."""
     if mismatch is None:
         return Finding("gradient", Level.OK, text)
     fix = "pip install -c constraints.txt -e . in the checkout, for tested versions; if it stays, report all these lines"
@@ -151,11 +123,7 @@ def check_gradient(mismatch: str | None, text: str) -> Finding:
 
 
 def check_start(n_workers: int, method: str, seconds: float) -> Finding:
-    """
-    :param n_workers: number of worker processes
-    :param method: how they were started
-    :param seconds: until the last of them had answered
-    """
+    """``seconds`` until the last worker had answered."""
     text = f"{_count(n_workers, 'process')} started by {method} and answered within {seconds:.1f} s"
     if seconds <= SLOW_START:
         return Finding("start", Level.OK, text)
@@ -164,30 +132,20 @@ def check_start(n_workers: int, method: str, seconds: float) -> Finding:
 
 
 def failed_start(n_workers: int, method: str, error: BaseException) -> Finding:
-    """
-    :param n_workers: number of worker processes
-    :param method: how they were to be started
-    :param error: what happened instead
-    """
+    """Starting the workers raised ``error``."""
     text = f"{_count(n_workers, 'process')} by {method}: {type(error).__name__}: {error}"
     other = "spawn" if method == "forkserver" else "forkserver"
     fix = f'A3C(…, start_method="{other}"), or fewer workers: A3C(…, n_workers={max(1, n_workers // 2)})'
     return Finding("start", Level.PROBLEM, text, fix)
 
 
-def check_training(n_wanted: int, n_workers: int, n_steps: int, n_updates: int, seconds: float, has_moved: bool) -> Finding:
-    """
-    :param n_wanted: number of worker processes that there should have been
-    :param n_workers: number of worker processes; 0 for none
-    :param n_steps: timesteps of all environments
-    :param n_updates: of the shared weights
-    :param seconds: that this took
-    :param has_moved: whether the weights changed
-    """
-    who = _count(n_workers, "worker") if n_workers else "this process"
-    text = f"{who} made {n_steps} steps and {n_updates} updates in {seconds:.1f} s"
-    if not (n_updates and has_moved):
-        return Finding("training", Level.PROBLEM, f"{text}, but no weight has changed", "report all these lines")
+def check_training(n_wanted: int, n_workers: int, n_steps: int, n_updates: int, seconds: float) -> Finding:
+    """``n_workers`` of ``n_wanted`` processes trained; 0: it was this one."""
+    trained_by = _count(n_workers, "worker") if n_workers else "this process"
+    text = f"{trained_by} made {n_steps} steps and {n_updates} updates in {seconds:.1f} s"
+    if n_updates == 0:
+        fix = "VecCheckNan(env, raise_exception=True) shows where NaN or infinity comes from"
+        return Finding("training", Level.PROBLEM, f"{text}: all were dropped", fix)
     if n_workers < n_wanted:
         fix = f"--n-workers {n_wanted}, to see why the environments can't be sent to workers"
         return Finding("training", Level.WARNING, f"{text}, instead of {_count(n_wanted, 'worker')}", fix)
@@ -195,55 +153,39 @@ def check_training(n_wanted: int, n_workers: int, n_steps: int, n_updates: int, 
 
 
 def failed_training(error: Exception, n_workers: int) -> Finding:
-    """
-    :param error: what ``learn`` raised
-    :param n_workers: number of worker processes; 0 for none
-    """
+    """``learn`` raised ``error``."""
     fix = "--n-workers 0, which does the same in one process, for a debugger"
     if isinstance(error, WorkerDiedError) and n_workers > 1:
-        fix = (
-            f"--n-workers {n_workers // 2} if memory ran out (journalctl -k); else python -X faulthandler with --n-workers 0"
-        )
+        fewer = n_workers // 2
+        fix = f"--n-workers {fewer} if memory ran out (journalctl -k); else python -X faulthandler with --n-workers 0"
     elif isinstance(error, TimeoutError):
         fix = "--timeout 600 if the environment is that slow; else --n-workers 0 in a debugger"
     return Finding("training", Level.PROBLEM, f"{type(error).__name__}: {error}", fix)
 
 
-def check_threads(n_threads: int, n_workers: int, n_cores: int, omp: str | None) -> Finding:
-    """
-    :param n_threads: of torch, in each worker
-    :param n_workers: number of worker processes
-    :param n_cores: cores that they may use
-    :param omp: the variable OMP_NUM_THREADS
-    """
-    if n_threads > 1 and n_threads * n_workers > n_cores:
-        text = (
-            f"torch uses {n_threads} threads in each of {n_workers} workers, and they compete for {n_cores} cores: an "
-            "environment or the policy has called `torch.set_num_threads`. Workers are fastest with one."
-        )
-        return Finding("threads", Level.WARNING, text, "take torch.set_num_threads out, or let it be 1")
-    variable = "not set" if omp is None else f"{omp}, which counts in other processes only"
-    return Finding("threads", Level.OK, f"torch uses {n_threads} in each worker (OMP_NUM_THREADS is {variable})")
+def check_threads(n_threads: int, n_workers: int, n_cores: int) -> Finding:
+    """``n_threads`` of torch in each worker."""
+    if n_threads == 1 or n_threads * n_workers <= n_cores:
+        return Finding("threads", Level.OK, f"torch uses {n_threads} in each worker")
+    text = (
+        f"torch uses {n_threads} threads in each of {n_workers} workers, and they compete for {n_cores} cores: an "
+        "environment or the policy has called `torch.set_num_threads`. Workers are fastest with one."
+    )
+    return Finding("threads", Level.WARNING, text, "take torch.set_num_threads out, or let it be 1")
 
 
 def check_memory(of_workers: Sequence[int | None], available: int | None) -> Finding:
-    """
-    :param of_workers: bytes of each worker, while all of them run
-    :param available: bytes that were available before
-    """
+    """Bytes of each worker while all of them run, and bytes that were available before."""
     known = [size for size in of_workers if size is not None]
     if len(known) < len(of_workers) or available is None or not known:
-        return unknown("memory", "the system does not tell (/proc)")
+        return unknown("memory", "the system does not report it (/proc)")
     each, total = max(known), sum(known)
     text = f"up to {_size(each)} in each of {_count(len(known), 'worker')}, {_size(total)} of {_size(available)} available"
-    if total <= ENOUGH_MEMORY * available:
+    if total <= MAX_MEMORY_USE * available:
         return Finding("memory", Level.OK, text)
-    n_workers = int(ENOUGH_MEMORY * available / each)
-    fix = (
-        f"A3C(…, n_workers={n_workers}), with fewer environments"
-        if n_workers
-        else "docker run --memory=…, or a larger machine"
-    )
+    n_workers = int(MAX_MEMORY_USE * available / each)
+    fewer = f"A3C(…, n_workers={n_workers}), with fewer environments"
+    fix = fewer if n_workers else "docker run --memory=…, or a larger machine"
     return Finding("memory", Level.PROBLEM if total > available else Level.WARNING, text, fix)
 
 

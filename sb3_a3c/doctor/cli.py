@@ -1,11 +1,8 @@
-"""
-``python -m sb3_a3c.doctor --env PongNoFrameskip-v4 --n-envs 16``: what goes wrong on real machines, checked before a long
-run, with a fix for each finding.
-"""
+"""The command line ``python -m sb3_a3c.doctor --env PongNoFrameskip-v4 --n-envs 16``."""
 
 import argparse
+import importlib.metadata
 import importlib.util
-import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,55 +12,35 @@ import gymnasium as gym
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.a3c import A3C
-from sb3_a3c.arguments import check_arguments
-from sb3_a3c.doctor.checks import (
-    Finding,
-    Level,
-    check_cores,
-    check_gradient,
-    check_memory,
-    check_open_files,
-    check_shared_memory,
-    check_start,
-    check_threads,
-    check_training,
-    failed_start,
-    failed_training,
-    unknown,
-    unusable_environment,
-)
+from sb3_a3c.doctor import checks
+from sb3_a3c.doctor.checks import Finding, Level, unknown
 from sb3_a3c.doctor.short_run import N_PUSHES, default_policy, gradient_mismatch, make_env, start_workers, train
 from sb3_a3c.processes.machine import available_memory, cpu_quota, file_limits, free_shared_memory, n_cores, n_open_files
 from sb3_a3c.processes.start import process_context
 from sb3_a3c.store.shared_memory import SharedMemoryStore
 
-#: Exit status of a shell for what Ctrl-C has ended.
+#: Exit status after Ctrl-C, as a shell's.
 INTERRUPTED = 130
 _PACKAGES = ("torch", "stable-baselines3", "sb3-contrib", "gymnasium", "numpy", "ale-py")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Make all checks, and print a line for each as soon as it is made.
-
-    :param argv: the command line; None: that of the process
-    :return: exit status: 1 if something would stop a run
-    """
-    args = _parsed(argv)
-    worst_is_problem = False
+    """Print each finding as soon as it is made. Exit status: 1 if something would stop a run."""
+    args = _parse(argv)
+    has_problem = False
     try:
         for finding in findings(args):
             print(f"{finding.level:<8} {finding.name:<14} {finding.text}", flush=True)
             if finding.fix:
                 print(f"         fix: {finding.fix}", flush=True)
-            worst_is_problem |= finding.level is Level.PROBLEM
+            has_problem |= finding.level is Level.PROBLEM
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
-    return int(worst_is_problem)
+    return int(has_problem)
 
 
-def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m sb3_a3c.doctor",
         description="Check this machine before a long run of A3C, and say how to fix what is wrong.",
@@ -74,29 +51,18 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="ID",
         default=_default_env(),
         help="what you are going to train on, because memory depends on it; your own as module:Id-v0. Default: %(default)s "
-        "(Pong where Atari is installed: that then has to work, and needs most; else CartPole, which is always there)",
+        "(Pong if Atari is installed, else CartPole)",
     )
     parser.add_argument("--n-envs", type=int, default=16, help="number of environments (default: %(default)s)")
-    parser.add_argument(
-        "--n-workers", type=int, help="as A3C's; default: one for each core, at most one for each environment; 0: no process"
-    )
-    parser.add_argument(
-        "--policy", choices=sorted(A3C.policy_aliases), help="default: the LSTM policy for what the environment observes"
-    )
+    parser.add_argument("--n-workers", type=int, help="as A3C's; default: one per core, at most one per environment")
+    parser.add_argument("--policy", choices=sorted(A3C.policy_aliases), help="default: the LSTM policy for the observations")
     parser.add_argument("--start-method", choices=("forkserver", "spawn"), help="as A3C's; default: the platform's best")
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=120.0,
-        help="seconds to wait for workers and for rollouts (default: %(default)s)",
-    )
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for start, and for a rollout (default: 120)")
     args = parser.parse_args(argv)
-    try:
-        check_arguments({"n_workers": args.n_workers, "start_method": args.start_method})
-    except ValueError as error:
-        parser.error(str(error))
-    if args.n_envs < max(1, args.n_workers or 0):
-        parser.error(f"--n-envs {args.n_envs}: each worker needs an environment, so at least {max(1, args.n_workers or 0)}")
+    if args.n_envs < 1:
+        parser.error("--n-envs must be at least 1")
+    if args.n_workers is not None and not 0 <= args.n_workers <= args.n_envs:
+        parser.error(f"--n-workers must be between 0 and --n-envs ({args.n_envs}), as each worker needs an environment")
     return args
 
 
@@ -106,29 +72,25 @@ def _default_env() -> str:
 
 
 def findings(args: argparse.Namespace) -> Iterator[Finding]:
-    """
-    :param args: of the command line
-    :return: what each check finds, one after another; what can't be checked before something else works is left out
-    """
+    """What each check finds, one after another. What needs something that does not work is not checked."""
     n_workers = min(n_cores(), args.n_envs) if args.n_workers is None else args.n_workers
     yield versions()
-    yield check_cores(max(1, n_workers), n_cores(), cpu_quota())
-    yield check_open_files(file_limits(), n_open_files(), n_workers, args.n_envs)
+    yield checks.check_cores(max(1, n_workers), n_cores(), cpu_quota())
+    yield checks.check_open_files(file_limits(), n_open_files(), n_workers, args.n_envs)
     try:
         env = make_env(args.env, args.n_envs)
     except Exception as error:
-        yield unusable_environment(args.env, error, gym.registry)
-        yield _start(n_workers, args)
+        yield checks.unusable_environment(args.env, error, gym.registry)
         yield unknown("others", "they need the environment")
         return
     try:
-        yield from _findings_of_a_run(env, n_workers, args)
+        yield from _findings_in(env, n_workers, args)
     finally:
         env.close()
 
 
 def versions() -> Finding:
-    """:return: what a bug report should begin with"""
+    """What a bug report should begin with."""
     found = []
     for package in _PACKAGES:
         try:
@@ -138,7 +100,7 @@ def versions() -> Finding:
     return Finding("versions", Level.OK, f"Python {platform.python_version()}, {', '.join(found)}, {platform.platform()}")
 
 
-def _findings_of_a_run(env: VecEnv, n_workers: int, args: argparse.Namespace) -> Iterator[Finding]:
+def _findings_in(env: VecEnv, n_workers: int, args: argparse.Namespace) -> Iterator[Finding]:
     """What depends on the environment: first what would end this very process, then what would end workers."""
     policy = args.policy or default_policy(env.observation_space)
     try:
@@ -150,8 +112,9 @@ def _findings_of_a_run(env: VecEnv, n_workers: int, args: argparse.Namespace) ->
         yield Finding("environment", Level.PROBLEM, f"{args.env} with {policy}: {type(error).__name__}: {error}", fix)
         return
     yield Finding("environment", Level.OK, f"{args.n_envs} x {args.env}, {policy}")
+
     needed = SharedMemoryStore(model.policy, max(1, n_workers), share_memory=False).n_bytes
-    shared_memory = check_shared_memory(free_shared_memory(), needed)
+    shared_memory = checks.check_shared_memory(free_shared_memory(), needed)
     yield shared_memory
     if shared_memory.level is Level.PROBLEM:
         yield unknown("others", "they need shared memory")
@@ -159,13 +122,23 @@ def _findings_of_a_run(env: VecEnv, n_workers: int, args: argparse.Namespace) ->
     n_weights = sum(parameter.numel() for parameter in model.policy.parameters())
     optimizer = type(model.policy.optimizer).__name__
     compared = f"{N_PUSHES} pushes moved {n_weights:,} shared weights exactly as torch's {optimizer}"
-    yield check_gradient(gradient_mismatch(model.policy, obs), compared)
+    yield checks.check_gradient(gradient_mismatch(model.policy, obs), compared)
+
     start = _start(n_workers, args)
     yield start
     if start.level is Level.PROBLEM:
         yield unknown("others", "they need workers")
         return
-    yield from _findings_of_a_training(model, n_workers, args.timeout)
+    available = available_memory()
+    try:
+        short = train(model, args.timeout)
+    except Exception as error:
+        yield checks.failed_training(error, n_workers)
+        return
+    yield checks.check_training(n_workers, short.n_workers, short.n_steps, short.n_updates, short.seconds)
+    usable_cores = max(1, int(min(n_cores(), cpu_quota() or n_cores())))
+    yield checks.check_threads(short.n_threads, max(1, short.n_workers), usable_cores)
+    yield checks.check_memory(short.memory, available)
 
 
 def _start(n_workers: int, args: argparse.Namespace) -> Finding:
@@ -173,23 +146,6 @@ def _start(n_workers: int, args: argparse.Namespace) -> Finding:
         return unknown("start", "without workers, nothing has to be started")
     method = process_context(args.start_method).get_start_method()
     try:
-        return check_start(n_workers, method, start_workers(n_workers, args.start_method, args.timeout))
+        return checks.check_start(n_workers, method, start_workers(n_workers, args.start_method, args.timeout))
     except Exception as error:
-        return failed_start(n_workers, method, error)
-
-
-def _findings_of_a_training(model: A3C, n_workers: int, timeout: float) -> Iterator[Finding]:
-    available = available_memory()
-    try:
-        short = train(model, timeout)
-    except Exception as error:
-        yield failed_training(error, n_workers)
-        return
-    yield check_training(n_workers, short.n_workers, short.n_steps, short.n_updates, short.seconds, short.has_moved)
-    usable = max(1, int(min(n_cores(), cpu_quota() or n_cores())))
-    yield check_threads(short.n_threads, max(1, short.n_workers), usable, os.environ.get("OMP_NUM_THREADS"))
-    yield check_memory(short.memory, available)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        return checks.failed_start(n_workers, method, error)
