@@ -2,8 +2,9 @@ test:
 	pytest
 
 faults:
-	pytest -m "slow or not slow" $(addprefix tests/test_,stopping.py restarts.py supervisor.py interrupts.py subproc.py guard.py \
-		archive.py arguments.py resume.py)
+	pytest -m "slow or not slow" tests/processes tests/envs/test_subproc.py tests/actor_learner/test_update_guard.py tests/store \
+		tests/behaviour/test_stopping.py tests/behaviour/test_restarts.py tests/test_save_util.py tests/test_arguments.py \
+		tests/test_resume.py
 
 lint:
 	ruff check .

@@ -1,0 +1,349 @@
+"""
+What every store must do: these tests run against each implementation, by a factory of :data:`STORES`.
+
+A push moves the shared parameters by exactly what torch's optimizer makes of the worker's gradient, and moves nothing else.
+"""
+
+import io
+import math
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import pytest
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
+
+from sb3_a3c.store.base import ParameterStore
+from sb3_a3c.store.shared_memory import NO_GOAL, SharedMemoryStore
+from tests.store.small_policy import assert_equal, cnn, copied, make_policy, random_gradients, set_gradients
+
+
+class MakeStore(Protocol):
+    def __call__(
+        self, policy: ActorCriticPolicy, n_workers: int, total_steps: int = NO_GOAL, steps_before: int = 0
+    ) -> ParameterStore: ...
+
+
+#: Add a factory here to put another implementation under test.
+STORES: dict[str, MakeStore] = {"shared memory": SharedMemoryStore}
+
+
+@pytest.fixture(params=STORES)
+def make_store(request: pytest.FixtureRequest) -> Iterator[MakeStore]:
+    made: list[ParameterStore] = []
+
+    def make(*args: Any, **kwargs: Any) -> ParameterStore:
+        made.append(STORES[request.param](*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for store in made:
+        store.close()
+
+
+OPTIMIZERS: list[Any] = [
+    pytest.param(th.optim.Adam, {}, 0.0, id="Adam"),
+    pytest.param(th.optim.Adam, {"fused": True}, 1e-7, id="Adam-fused"),
+    pytest.param(th.optim.Adam, {"amsgrad": True, "foreach": True}, 0.0, id="Adam-amsgrad-foreach"),
+    pytest.param(th.optim.AdamW, {"weight_decay": 0.1}, 0.0, id="AdamW"),
+    pytest.param(th.optim.RMSprop, {}, 0.0, id="RMSprop"),
+    pytest.param(th.optim.RMSprop, {"centered": True, "momentum": 0.9}, 0.0, id="RMSprop-centered"),
+    pytest.param(RMSpropTFLike, {"momentum": 0.5}, 0.0, id="RMSpropTFLike"),
+    pytest.param(th.optim.SGD, {}, 0.0, id="SGD"),
+    pytest.param(th.optim.SGD, {"momentum": 0.9}, 0.0, id="SGD-momentum"),
+    pytest.param(th.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}, 0.0, id="SGD-momentum-decay"),
+    pytest.param(th.optim.SGD, {"momentum": 0.9, "nesterov": True, "fused": True}, 1e-7, id="SGD-nesterov-fused"),
+    pytest.param(th.optim.Adagrad, {}, 0.0, id="Adagrad"),
+    pytest.param(th.optim.NAdam, {}, 0.0, id="NAdam"),
+]
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "kwargs", "tolerance", "channels_last"),
+    [
+        *(pytest.param(*optimizer.values, True, id=optimizer.id) for optimizer in OPTIMIZERS),
+        pytest.param(th.optim.Adam, {"fused": True}, 1e-7, False, id="Adam-fused-contiguous"),
+    ],
+)
+def test_pushes_of_two_workers_are_the_steps_of_one_private_optimizer(
+    make_store: MakeStore,
+    optimizer_class: type[th.optim.Optimizer],
+    kwargs: dict[str, Any],
+    tolerance: float,
+    channels_last: bool,
+) -> None:
+    policy = make_policy(optimizer_class, kwargs, channels_last=channels_last)
+    private = copied(policy)
+    generator = th.Generator().manual_seed(0)
+    for _ in range(2):  # the second time from moments that were saved and loaded
+        store = make_store(policy, n_workers=2)
+        replicas = [(worker_policy := copied(policy), store.replica(worker_policy, i)) for i in range(2)]
+        for n_push in range(20):
+            worker_policy, replica = replicas[n_push % 2]
+            replica.pull()
+            gradients = random_gradients(policy, generator)
+            set_gradients(worker_policy, gradients)
+            replica.push()
+            for parameter, gradient in zip(private.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            private.optimizer.step()
+        store.fetch_policy(policy)
+        store.fetch_optimizer(policy)
+        assert_equal(policy, private, tolerance)
+        buffer = io.BytesIO()
+        th.save((policy.state_dict(), policy.optimizer.state_dict()), buffer)
+        buffer.seek(0)
+        parameters, moments = th.load(buffer, weights_only=True)
+        policy = make_policy(optimizer_class, kwargs, channels_last=channels_last)
+        policy.load_state_dict(parameters)
+        policy.optimizer.load_state_dict(moments)
+
+
+@pytest.mark.parametrize(("optimizer_class", "kwargs", "tolerance"), OPTIMIZERS)
+def test_making_a_store_moves_nothing(
+    make_store: MakeStore, optimizer_class: type[th.optim.Optimizer], kwargs: dict[str, Any], tolerance: float
+) -> None:
+    policy = make_policy(optimizer_class, kwargs)
+    before = copied(policy)
+    store = make_store(policy, n_workers=1)
+    store.replica(copied(policy), 0)
+    store.fetch_policy(policy)
+    assert_equal(policy, before, 0.0)
+    assert store.n_updates == 0
+    store.fetch_optimizer(policy)
+    for state in policy.optimizer.state.values():
+        assert float(state.get("step", 0)) == 0
+        for value in state.values():
+            if isinstance(value, th.Tensor):
+                assert not value.is_shared()  # type: ignore[no-untyped-call]
+    assert not any(p.is_shared() for p in policy.parameters())  # type: ignore[no-untyped-call]
+
+
+def test_moments_with_other_strides_are_laid_out_anew(make_store: MakeStore) -> None:
+    """A state that was saved from a contiguous policy and loaded into one in channels_last keeps its strides."""
+    contiguous = make_policy(channels_last=False)
+    for parameter in contiguous.parameters():
+        parameter.grad = th.randn_like(parameter)
+    contiguous.optimizer.step()
+    policy = make_policy(optimizer_kwargs={"fused": True}, channels_last=True)
+    policy.load_state_dict(contiguous.state_dict())
+    policy.optimizer.load_state_dict(contiguous.optimizer.state_dict())
+    policy.optimizer.param_groups[0]["fused"] = True
+    weight = cnn(policy)[2].weight
+    assert policy.optimizer.state[weight]["exp_avg"].stride() != weight.stride()
+
+    store = make_store(policy, n_workers=1)
+    replica = store.replica(worker_policy := copied(policy), 0)
+    gradients = random_gradients(policy, th.Generator().manual_seed(1))
+    set_gradients(worker_policy, gradients)
+    replica.push()
+    for parameter, gradient in zip(contiguous.parameters(), gradients, strict=True):
+        parameter.grad = gradient.contiguous()
+    contiguous.optimizer.step()
+    store.fetch_policy(policy)
+    assert_equal(policy, contiguous, 1e-7)
+
+
+def test_a_pull_sees_what_others_pushed_and_counts_it(make_store: MakeStore) -> None:
+    policy = make_policy(th.optim.SGD)
+    store = make_store(policy, n_workers=2)
+    policies = [copied(policy) for _ in range(2)]
+    first, second = (store.replica(p, i) for i, p in enumerate(policies))
+    ones = [th.ones_like(p) for p in policy.parameters()]
+    set_gradients(policies[0], ones)
+    assert first.push() == 0
+    set_gradients(policies[0], ones)
+    assert first.push() == 0  # its own pushes do not make a gradient stale
+    assert second.push() == 2
+    for mine, old in zip(policies[1].parameters(), policy.parameters(), strict=True):
+        assert th.equal(mine, old)  # not pulled yet
+    second.pull()
+    for mine, old in zip(policies[1].parameters(), policy.parameters(), strict=True):
+        assert float((old - mine - 0.02).detach().abs().max()) < 1e-6
+    assert second.push() == 0
+    assert store.n_updates == 4
+
+
+def test_frozen_parameters_stay_and_get_no_state(make_store: MakeStore) -> None:
+    policy = make_policy(th.optim.AdamW, {"weight_decay": 0.5})
+    frozen = cnn(policy)[0].weight
+    frozen.requires_grad_(False)
+    before = frozen.clone()
+    store = make_store(policy, n_workers=1)
+    replica = store.replica(worker_policy := copied(policy), 0)
+    for parameter in worker_policy.parameters():
+        parameter.grad = th.ones_like(parameter) if parameter.requires_grad else None
+    replica.push()
+    store.fetch_policy(policy)
+    store.fetch_optimizer(policy)
+    assert th.equal(frozen, before)
+    assert frozen not in policy.optimizer.state
+    assert not th.equal(policy.value_net.bias, th.zeros(1))
+
+
+def test_parameter_groups_keep_their_options(make_store: MakeStore) -> None:
+    policy = make_policy()
+    heads = [*policy.value_net.parameters(), *policy.action_net.parameters()]
+    trunk = [p for p in policy.parameters() if not any(p is head for head in heads)]
+    policy.optimizer = th.optim.SGD([{"params": trunk, "lr": 0.0}, {"params": heads, "lr": 1.0}])
+    before = copied(policy)
+    store = make_store(policy, n_workers=1)
+    replica = store.replica(worker_policy := copied(policy), 0)
+    set_gradients(worker_policy, [th.ones_like(p) for p in worker_policy.parameters()])
+    replica.push()
+    store.fetch_policy(policy)
+    for (name, new), old in zip(policy.named_parameters(), before.parameters(), strict=True):
+        moved = 1.0 if name.startswith(("value_net", "action_net")) else 0.0
+        assert th.allclose(old - new, th.full_like(new, moved)), name
+
+
+def test_module_buffers_are_shared_too(make_store: MakeStore) -> None:
+    policy = make_policy()
+    cnn(policy).append(th.nn.BatchNorm1d(int(policy.features_dim)))
+    store = make_store(policy, n_workers=2)
+    policies = [copied(policy) for _ in range(2)]
+    replicas = [store.replica(p, i) for i, p in enumerate(policies)]
+    cnn(policies[0])[-1].running_mean.fill_(3.0)
+    cnn(policies[0])[-1].num_batches_tracked.fill_(7)
+    replicas[0].push()
+    replicas[1].pull()
+    store.fetch_policy(policy)
+    for seen in (policies[1], policy):
+        assert float(cnn(seen)[-1].running_mean.mean()) == 3.0
+        assert int(cnn(seen)[-1].num_batches_tracked) == 7
+
+
+def test_a_parameter_without_gradient_is_left_alone(make_store: MakeStore) -> None:
+    policy = make_policy(th.optim.AdamW, {"weight_decay": 0.5})
+    store = make_store(policy, n_workers=1)
+    replica = store.replica(worker_policy := copied(policy), 0)
+    before = copied(policy)
+    set_gradients(worker_policy, [th.ones_like(p) for p in policy.parameters()])
+    cnn(worker_policy)[0].weight.grad = None
+    replica.push()
+    assert all(p.grad is None for p in worker_policy.parameters())  # the next one starts from nothing
+    store.fetch_policy(policy)
+    assert th.equal(cnn(policy)[0].weight, cnn(before)[0].weight)
+    assert not th.equal(cnn(policy)[2].weight, cnn(before)[2].weight)
+
+
+def test_a_rollout_is_reserved_until_the_goal_is_reached(make_store: MakeStore) -> None:
+    policy = make_policy()
+    store = make_store(policy, n_workers=2, total_steps=100, steps_before=20)
+    first, second = (store.replica(copied(policy), worker) for worker in range(2))
+    assert first.reserve(30) == pytest.approx(0.5)
+    assert second.reserve(40) == pytest.approx(0.1)
+    assert first.reserve(30) == 0.0  # the goal is exceeded by this rollout, and schedules end at 0
+    assert first.reserve(1) is second.reserve(1) is None
+
+
+def test_what_a_dead_worker_had_reserved_is_released(make_store: MakeStore) -> None:
+    policy = make_policy()
+    store = make_store(policy, n_workers=2, total_steps=100)
+    first, second = (store.replica(copied(policy), worker) for worker in range(2))
+    assert [first.reserve(40), first.reserve(40), second.reserve(20)] == pytest.approx([0.6, 0.2, 0.0])
+    assert second.reserve(20) is None
+    store.release(0, 40)  # of two rollouts it has reported one
+    assert second.reserve(20) == pytest.approx(0.2)
+
+
+def test_workers_take_turns_in_their_order(make_store: MakeStore) -> None:
+    policy = make_policy()
+    store = make_store(policy, n_workers=3)
+    replicas = [store.replica(copied(policy), worker) for worker in range(3)]
+    seen = []
+    for _ in range(7):
+        (worker,) = [worker for worker, replica in enumerate(replicas) if replica.is_my_turn()]
+        replicas[worker].end_turn()
+        seen.append(worker)
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+    replicas[1].leave_turns()
+    assert [replicas[0].is_my_turn(), replicas[2].is_my_turn()] == [False, True]
+    replicas[2].end_turn()
+    assert [replicas[0].is_my_turn(), replicas[2].is_my_turn()] == [True, False]
+
+
+def test_parameters_moments_and_buffers_are_replaced_while_workers_run(make_store: MakeStore) -> None:
+    policy = make_policy()
+    store = make_store(policy, n_workers=1)
+    replica = store.replica(worker_policy := copied(policy), 0)
+    set_gradients(worker_policy, random_gradients(policy, th.Generator().manual_seed(0)))
+    replica.push()
+    other = make_policy()
+    set_gradients(other, random_gradients(other, th.Generator().manual_seed(1)))
+    other.optimizer.step()
+    store.load_policy(other)
+    replica.pull()
+    assert_equal(worker_policy, other, 0.0)
+    gradients = random_gradients(policy, th.Generator().manual_seed(2))
+    set_gradients(worker_policy, gradients)
+    replica.push()
+    set_gradients(other, gradients)
+    other.optimizer.step()
+    store.fetch_policy(policy)
+    assert_equal(policy, other, 0.0)
+
+
+def test_a_learning_rate_is_the_workers_own(make_store: MakeStore) -> None:
+    policy = make_policy(th.optim.SGD)
+    store = make_store(policy, n_workers=2)
+    policies = [copied(policy) for _ in range(2)]
+    replicas = [store.replica(worker_policy, worker) for worker, worker_policy in enumerate(policies)]
+    for group in replicas[0].optimizer.param_groups:
+        group["lr"] = 0.5
+    before = copied(policy)
+    for replica, worker_policy, moved in zip(replicas, policies, (0.5, 0.51), strict=True):
+        set_gradients(worker_policy, [th.ones_like(p) for p in worker_policy.parameters()])
+        replica.push()
+        store.fetch_policy(policy)
+        for new, old in zip(policy.parameters(), before.parameters(), strict=True):
+            assert th.allclose(old - new, th.full_like(new, moved), atol=1e-6)
+
+
+def test_a_discarded_gradient_is_not_pushed(make_store: MakeStore) -> None:
+    policy = make_policy(th.optim.SGD)
+    cnn(policy).append(th.nn.BatchNorm1d(int(policy.features_dim)))
+    store = make_store(policy, n_workers=1)
+    replica = store.replica(worker_policy := copied(policy), 0)
+    set_gradients(worker_policy, [th.ones_like(p) for p in policy.parameters()])
+    cnn(worker_policy)[-1].running_mean.fill_(3.0)
+    replica.discard()
+    assert all(p.grad is None for p in worker_policy.parameters())
+    assert float(cnn(worker_policy)[-1].running_mean.abs().max()) == 0.0
+    replica.push()
+    before = copied(policy)
+    store.fetch_policy(policy)
+    assert_equal(policy, before, 0.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_makes_parameters_non_finite_is_undone_and_not_counted(bad: float, make_store: MakeStore) -> None:
+    policy = make_policy(th.optim.SGD)
+    store = make_store(policy, n_workers=1)
+    replica = store.replica(worker_policy := copied(policy), 0)
+    before = copied(policy)
+    set_gradients(worker_policy, [th.ones_like(p) for p in policy.parameters()])
+    worker_policy.value_net.bias.grad = th.full_like(worker_policy.value_net.bias, bad)
+    assert replica.push() is None
+    assert store.n_updates == 0
+    replica.pull()
+    store.fetch_policy(policy)
+    assert_equal(worker_policy, policy, 0.0)
+    assert th.equal(policy.value_net.bias, before.value_net.bias)
+    set_gradients(worker_policy, [th.ones_like(p) for p in policy.parameters()])
+    assert replica.push() == 0
+
+
+def test_what_was_fetched_stays_when_the_store_is_closed(make_store: MakeStore) -> None:
+    policy = make_policy()
+    store = make_store(policy, n_workers=1)
+    replica = store.replica(worker_policy := copied(policy), 0)
+    set_gradients(worker_policy, random_gradients(policy, th.Generator().manual_seed(0)))
+    replica.push()
+    replica.pull()
+    store.fetch_policy(policy)
+    store.fetch_optimizer(policy)
+    store.close()
+    assert_equal(policy, worker_policy, 0.0)
+    assert all(float(state["step"]) == 1 for state in policy.optimizer.state.values())
