@@ -1,4 +1,4 @@
-"""The networks, and what they computed while acting, kept for learning."""
+"""LSTM policies, SB3's feed-forward policies, and a cache of their activations."""
 
 from sb3_a3c.policies.lstm_policies import (
     CnnLstmPolicy,

@@ -1,55 +1,20 @@
-"""
-One calling convention for all policies, the recurrent one: everything takes the memory before it. See ``policies`` for the
-shapes. A worker knows no other.
-"""
+"""One calling convention for workers, that of :class:`LstmActorCriticPolicy`, also for feed-forward policies."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_a3c.policies.activation_cache.cache import ActivationCache, ChunkCache
 from sb3_a3c.policies.lstm_policies import LstmActorCriticPolicy
 from sb3_a3c.policies.overrides import is_overridden
 from sb3_a3c.policies.sampling import sample_actions
 from sb3_a3c.policies.torch_layers import LstmState
 
 
-class RecurrentPolicy(Protocol):
-    """What a worker asks of a policy: everything takes the memory before it, and acting returns the memory after it."""
-
-    def initial_state(self, n_envs: int) -> LstmState: ...
-
-    def new_activation_cache(self, n_steps: int, chunks: Sequence[slice]) -> ActivationCache | None: ...
-
-    def act(
-        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, cache: ActivationCache | None = None
-    ) -> tuple[th.Tensor, th.Tensor, LstmState]: ...
-
-    def predict_values(self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor) -> th.Tensor: ...
-
-    def evaluate_actions(
-        self,
-        obs: PyTorchObs,
-        actions: th.Tensor,
-        state: LstmState,
-        episode_starts: th.Tensor,
-        cache: ChunkCache | None = None,
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]: ...
-
-
-def as_recurrent(policy: ActorCriticPolicy) -> RecurrentPolicy:
-    """
-    :param policy: one of ours, or any feed-forward ``ActorCriticPolicy``
-    :return: the same policy behind the recurrent calling convention; a feed-forward one has an empty memory
-    """
-    return policy if isinstance(policy, LstmActorCriticPolicy) else _Memoryless(policy)
-
-
-class _Memoryless:
-    """A feed-forward policy in the recurrent calling convention."""
+class FeedForwardAdapter:
+    """A feed-forward policy, called like an LSTM policy: its state is empty, and there is no activation cache."""
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
         self.policy = policy
@@ -57,11 +22,11 @@ class _Memoryless:
     def initial_state(self, n_envs: int) -> LstmState:
         return ()
 
-    def new_activation_cache(self, n_steps: int, chunks: Sequence[slice]) -> ActivationCache | None:
+    def new_activation_cache(self, n_steps: int, chunks: Sequence[slice]) -> None:
         return None
 
     def act(
-        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, cache: ActivationCache | None = None
+        self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, cache: object = None
     ) -> tuple[th.Tensor, th.Tensor, LstmState]:
         policy = self.policy
         if is_overridden(policy, ActorCriticPolicy, "forward"):
@@ -76,11 +41,10 @@ class _Memoryless:
         return self.policy.predict_values(obs)
 
     def evaluate_actions(
-        self,
-        obs: PyTorchObs,
-        actions: th.Tensor,
-        state: LstmState,
-        episode_starts: th.Tensor,
-        cache: ChunkCache | None = None,
+        self, obs: PyTorchObs, actions: th.Tensor, state: LstmState, episode_starts: th.Tensor, cache: object = None
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         return self.policy.evaluate_actions(obs, actions)
+
+
+def as_recurrent(policy: ActorCriticPolicy) -> LstmActorCriticPolicy | FeedForwardAdapter:
+    return policy if isinstance(policy, LstmActorCriticPolicy) else FeedForwardAdapter(policy)

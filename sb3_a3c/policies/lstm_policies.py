@@ -1,8 +1,8 @@
 """
-The policies of A3C: one LSTM trunk shared by actor and critic, and the feed-forward policies of Stable-Baselines3.
+LSTM policies for A3C, and the aliases of SB3's feed-forward policies.
 
-Shapes in this module: a rollout of ``n_steps`` steps of ``n_envs`` environments is a batch in time-major order, flattened
-to (n_steps * n_envs, …); ``episode_starts`` is (n_steps, n_envs) and tells both numbers. Acting is a rollout of one step.
+A rollout of ``n_steps`` steps in ``n_envs`` environments is a time-major batch, flattened to (n_steps * n_envs, …);
+``episode_starts``, (n_steps, n_envs), gives both numbers. Acting is a rollout of one step.
 """
 
 from collections.abc import Callable, Sequence
@@ -104,7 +104,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         return data
 
     def _build_mlp_extractor(self) -> None:
-        # SB3 calls this between features extractor and heads, before it makes the optimizer: the trunk's place.
+        # SB3 calls this after building the features extractor, before the heads and the optimizer
         self.lstm = nn.LSTM(int(self.features_dim), self.lstm_hidden_size, self.n_lstm_layers, **self.lstm_kwargs)
         self.mlp_extractor = MlpExtractor(
             self.lstm_hidden_size, net_arch=self.net_arch, activation_fn=self.activation_fn, device=self.device
@@ -114,11 +114,11 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         super()._build(lr_schedule)
         if self.channels_last:
             for weight in self.features_extractor.parameters():
-                if weight.dim() == 4:  # after the initialisation, which needs contiguous weights
+                if weight.dim() == 4:  # only now: ortho_init needs contiguous weights
                     weight.data = weight.data.clone(memory_format=th.channels_last)
 
     def initial_state(self, n_envs: int) -> LstmState:
-        """:return: zeros, as at the start of an episode"""
+        """Zeros, as at the start of an episode."""
         shape = (self.n_lstm_layers, n_envs, self.lstm_hidden_size)
         return tuple(th.zeros(shape, dtype=self._dtype, device=self.device) for _ in range(2))
 
@@ -127,7 +127,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         return next(self.lstm.parameters()).dtype
 
     def extract_features(self, obs: PyTorchObs, features_extractor: Callable[[Any], th.Tensor] | None = None) -> th.Tensor:
-        """As SB3's, but in the precision of the parameters (SB3's preprocessing makes float32 whatever that is)."""
+        """As SB3's, but in the precision of the parameters; SB3 always converts to float32."""
         preprocessed = preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
         if isinstance(preprocessed, dict):
             preprocessed = {key: value.to(self._dtype) for key, value in preprocessed.items()}
@@ -138,9 +138,10 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
 
     def new_activation_cache(self, n_steps: int, chunks: Sequence[slice]) -> ActivationCache | None:
         """
-        :param n_steps: that are going to be acted
-        :param chunks: environments that are then evaluated at a time; together all of them, in order
-        :return: what saves :meth:`evaluate_actions` a second forward pass; None if that can't be
+        A cache that saves :meth:`evaluate_actions` the forward pass; None if this policy can't use one.
+
+        :param n_steps: number of steps of a rollout
+        :param chunks: environments that are evaluated together; the chunks cover all environments in order
         """
         if is_overridden(self, LstmActorCriticPolicy, "extract_features", "forward", "act", "evaluate_actions"):
             return None
@@ -154,7 +155,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
 
         :param obs: (n_envs, …)
         :param state: state before the step
-        :param episode_starts: (n_envs,), bool: whose state is to be zeroed first
+        :param episode_starts: (n_envs,), bool; where True the state is zeroed first
         :param deterministic: take the mode instead of a sample
         :return: actions (n_envs, …), values (n_envs, 1), log-probabilities (n_envs,), and the state after the step
         """
@@ -169,12 +170,12 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, cache: ActivationCache | None = None
     ) -> tuple[th.Tensor, th.Tensor, LstmState]:
         """
-        What a worker needs of a step, without log-probabilities.
+        One step without log-probabilities, which acting does not need.
 
         :param obs: (n_envs, …)
         :param state: state before the step
-        :param episode_starts: (n_envs,), bool: whose state is to be zeroed first
-        :param cache: record the step on it, for :meth:`evaluate_actions`
+        :param episode_starts: (n_envs,), bool; where True the state is zeroed first
+        :param cache: records the step for :meth:`evaluate_actions`
         :return: actions (n_envs, …), values (n_envs, 1), and the state after the step
         """
         if is_overridden(self, LstmActorCriticPolicy, "forward"):
@@ -207,7 +208,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :param actions: (n_steps * n_envs, …)
         :param state: state before the first step
         :param episode_starts: (n_steps, n_envs), bool
-        :param cache: of these steps, with the parameters as they are: it is replayed instead of computing them anew
+        :param cache: of these steps, recorded with the current parameters; saves the forward pass
         :return: values (n_steps * n_envs, 1), log-probabilities and entropies (n_steps * n_envs,)
         """
         if cache is None:
@@ -252,11 +253,11 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     ) -> tuple[npt.NDArray[Any], tuple[npt.NDArray[Any], ...] | None]:
         """
         Action for an observation and a hidden state; the calling convention of sb3-contrib's recurrent policies.
-        Without ``state`` the policy starts with an empty memory: pass back the state that the last call returned.
+        Pass back the state that the last call returned; without ``state`` the policy starts from zeros.
 
         :param observation: one observation or a batch of them
         :param state: hidden and cell state, each (n_lstm_layers, n_envs, lstm_hidden_size)
-        :param episode_start: (n_envs,), whether the observation is the first of an episode (its state is zeroed first)
+        :param episode_start: (n_envs,); where True the state is zeroed first
         :param deterministic: take the mode instead of a sample
         :return: the action(s) and the next state
         """
@@ -291,13 +292,8 @@ class LstmActorCriticCnnPolicy(LstmActorCriticPolicy):
         features_extractor_class: type[BaseFeaturesExtractor] = BabyCNN,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            observation_space,
-            action_space,
-            lr_schedule,
-            features_extractor_class=features_extractor_class,
-            **kwargs,
-        )
+        kwargs["features_extractor_class"] = features_extractor_class
+        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
 
 class LstmMultiInputActorCriticPolicy(LstmActorCriticPolicy):
@@ -315,13 +311,8 @@ class LstmMultiInputActorCriticPolicy(LstmActorCriticPolicy):
         features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            observation_space,
-            action_space,
-            lr_schedule,
-            features_extractor_class=features_extractor_class,
-            **kwargs,
-        )
+        kwargs["features_extractor_class"] = features_extractor_class
+        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
 
 MlpLstmPolicy = LstmActorCriticPolicy

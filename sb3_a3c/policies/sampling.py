@@ -1,4 +1,4 @@
-"""From what a policy's heads compute to what environments get."""
+"""Sampling of actions, and their conversion to what environments take."""
 
 from typing import Any
 
@@ -12,17 +12,17 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 def sample_actions(policy: ActorCriticPolicy, latent: th.Tensor) -> th.Tensor:
     """
-    Actions, at a fraction of the time that ``torch.distributions`` needs for a small batch.
+    Sample actions, in a fraction of the time that ``torch.distributions`` needs for a small batch.
 
-    :param policy: whose actions
-    :param latent: what its head for actions gets, (n_envs, …)
+    :param policy: policy that acts
+    :param latent: input of its action head, (n_envs, …)
     :return: (n_envs, …)
     """
     assert policy.action_space.shape is not None
-    ours = type(policy)._get_action_dist_from_latent is ActorCriticPolicy._get_action_dist_from_latent
-    if ours and type(policy.action_dist) is CategoricalDistribution:
+    get_distribution = ActorCriticPolicy._get_action_dist_from_latent
+    if type(policy)._get_action_dist_from_latent is get_distribution and type(policy.action_dist) is CategoricalDistribution:
         logits: th.Tensor = policy.action_net(latent)
-        if logits.sum().isfinite():  # else torch.distributions shall say what is wrong
+        if logits.sum().isfinite():  # otherwise torch.distributions raises, saying what is wrong
             # Gumbel-max: minus the logarithm of exponential noise is Gumbel noise, and logits need not be normalized
             return (logits - th.empty_like(logits).exponential_().log_()).argmax(dim=1)
     actions = policy._get_action_dist_from_latent(latent).get_actions()
@@ -31,11 +31,8 @@ def sample_actions(policy: ActorCriticPolicy, latent: th.Tensor) -> th.Tensor:
 
 def to_env_actions(policy: ActorCriticPolicy, actions: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """
-    What the environment gets for the policy's actions, as in A2C: squashed actions are scaled to the bounds of the
-    action space, Gaussian ones are clipped to them, discrete ones are passed on.
-
-    :param actions: (n_envs, …)
-    :return: (n_envs, …)
+    Convert the policy's actions, (n_envs, …), as A2C does: squashed ones are scaled to the bounds of the action space,
+    Gaussian ones are clipped to them, discrete ones stay as they are.
     """
     if not isinstance(policy.action_space, spaces.Box):
         return actions

@@ -1,9 +1,4 @@
-"""
-The convolutions of baby-a3c, and a cache of what they computed while acting.
-
-Acting has taken an image through the convolutions already when learning needs the same again for its gradient. If the
-weights are still the same, a :class:`ConvolutionCache` of the activations saves the second forward pass.
-"""
+"""The convolutions of baby-a3c, and an LSTM run over rollouts."""
 
 from itertools import pairwise
 from typing import Any
@@ -16,8 +11,8 @@ from torch import nn
 
 from sb3_a3c.policies.overrides import is_unmodified
 
-#: So many images go through the convolutions at once: what a layer has computed is then still in the processor's cache when
-#: the next layer, or the backward pass, wants it.
+#: This number of images goes through the convolutions at once: the output of a layer is then still in the processor's cache
+#: when the next layer, or the backward pass, reads it.
 IMAGES_AT_ONCE = 40
 
 
@@ -27,7 +22,7 @@ class BabyCNN(BaseFeaturesExtractor):
     an ELU. An 84x84 image becomes 1152 features.
 
     :param observation_space: a channels-first image space, (n_channels, height, width)
-    :param dtype: precision of the layers' computations; weights, their gradients and the features are as ever.
+    :param dtype: precision in which the layers compute; weights, their gradients and the features stay float32.
         ``th.bfloat16`` is faster on processors that have instructions for it
     :raises ValueError: if the space is not an image, or the layers can't compute in that precision
     """
@@ -43,7 +38,7 @@ class BabyCNN(BaseFeaturesExtractor):
         assert observation_space.shape is not None
         n_channels, *size = observation_space.shape
         self.dtype = dtype
-        self.shapes = [(n_channels, *size)]  #: of an image, and of what each layer makes of it
+        self.shapes = [(n_channels, *size)]  #: of an image, and of each layer's output for it
         for _ in range(4):
             size = [(length + 1) // 2 for length in size]
             self.shapes.append((32, *size))
@@ -52,7 +47,7 @@ class BabyCNN(BaseFeaturesExtractor):
         for in_channels in (n_channels, 32, 32, 32):
             layers += [nn.Conv2d(in_channels, 32, kernel_size=3, stride=2, padding=1), nn.ELU(inplace=True)]
         self.cnn = nn.Sequential(*layers, nn.Flatten())
-        self._made_layers = repr(self.cnn)
+        self._original_layers = repr(self.cnn)
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         # (batch, n_channels, height, width) -> (batch, features_dim)
@@ -67,44 +62,38 @@ class BabyCNN(BaseFeaturesExtractor):
 
     @property
     def computed_dtype(self) -> th.dtype:
-        """The precision in which the layers compute: as autocast, bfloat16 instead of float32 only."""
+        """The precision in which the layers compute: like autocast, bfloat16 only in place of float32."""
         dtype = next(self.parameters()).dtype
         return self.dtype if dtype == th.float32 else dtype
 
     def is_original(self) -> bool:
-        """:return: whether the layers are those of the constructor, without hooks, parametrizations or methods of others"""
-        modules = (self.cnn, *self.cnn)
-        same = repr(self.cnn) == self._made_layers and all(is_unmodified(module, type(module)) for module in modules)
-        n_weights = len(list(self.cnn.parameters()))  # fewer than 8 if layers share them
-        return same and n_weights == 8 and is_unmodified(self, BabyCNN)
+        """True if the extractor and its layers are as the constructor made them, without hooks or parametrizations."""
+        # layers that share their weights have fewer parameters
+        same_layers = repr(self.cnn) == self._original_layers and len(list(self.cnn.parameters())) == 8
+        return is_unmodified(self, BabyCNN) and same_layers and all(is_unmodified(m, type(m)) for m in self.cnn.modules())
 
 
 #: Hidden and cell state, each (n_lstm_layers, n_envs, lstm_hidden_size); empty for a policy without memory.
 LstmState = tuple[th.Tensor, ...]
 
 
-def is_simple(lstm: nn.LSTM) -> bool:
-    """
-    :param lstm: any
-    :return: whether its weights alone tell what it computes, in the same way while acting and learning
-    """
-    variants = lstm.bidirectional or lstm.batch_first or lstm.proj_size or lstm.dropout
-    return is_unmodified(lstm, nn.LSTM) and not variants
+def is_standard_lstm(lstm: nn.LSTM) -> bool:
+    """True if the LSTM's weights alone determine its outputs, while acting as well as while learning."""
+    return is_unmodified(lstm, nn.LSTM) and not lstm.dropout
 
 
 def run_lstm(lstm: nn.LSTM, features: th.Tensor, state: LstmState, episode_starts: th.Tensor) -> tuple[th.Tensor, LstmState]:
     """
-    Run an LSTM over a rollout, in one call for each stretch between the steps at which some environment starts an episode:
-    there, and only there, states must be zeroed.
+    Run an LSTM over a rollout. States must be zeroed where an episode starts, so there is one call for each stretch between
+    such steps.
 
-    :param lstm: it
     :param features: (n_steps * n_envs, features_dim)
     :param state: state before the first step
     :param episode_starts: (n_steps, n_envs), bool
     :return: outputs (n_steps * n_envs, lstm_hidden_size), and the state after the last step
     """
     n_steps, n_envs = episode_starts.shape
-    if n_steps == 1 and not th.is_grad_enabled() and is_simple(lstm):
+    if n_steps == 1 and not th.is_grad_enabled() and is_standard_lstm(lstm):
         return _single_step(lstm, features, tuple(part.masked_fill(episode_starts[..., None], 0.0) for part in state))
     sequence = features.reshape(n_steps, n_envs, -1)  # (n_steps * n_envs, F) -> (n_steps, n_envs, F)
     cuts = (episode_starts[1:].any(dim=1).nonzero().flatten() + 1).tolist()
@@ -118,7 +107,7 @@ def run_lstm(lstm: nn.LSTM, features: th.Tensor, state: LstmState, episode_start
 
 
 def _single_step(lstm: nn.LSTM, features: th.Tensor, state: LstmState) -> tuple[th.Tensor, LstmState]:
-    """A step without gradient: the LSTM itself would first bring its weights into another order in memory."""
+    """One step without gradient; ``lstm`` itself would first reorder its weights in memory."""
     hidden, cell = [], []
     x = features
     for weights, h, c in zip(lstm.all_weights, *state, strict=True):

@@ -1,4 +1,4 @@
-"""What may be replaced by an equal, faster computation."""
+"""``is_unmodified`` and ``is_overridden``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ class Doubled(nn.Linear):
         return 2 * super().forward(*args)
 
 
-def test_a_module_as_its_class_made_it_is_plain() -> None:
+def test_subclass_is_modified() -> None:
     assert is_unmodified(nn.Linear(2, 3), nn.Linear)
     assert not is_unmodified(nn.Linear(2, 3), nn.Conv2d)
     assert not is_unmodified(Doubled(2, 3), nn.Linear)
@@ -32,13 +32,13 @@ def test_a_module_as_its_class_made_it_is_plain() -> None:
         nn.utils.parametrizations.spectral_norm,
     ],
 )
-def test_an_edited_module_is_not(edit: Callable[[nn.Module], object]) -> None:
+def test_edited_module_is_modified(edit: Callable[[nn.Module], object]) -> None:
     layer = nn.Linear(2, 3)
     edit(layer)
     assert not is_unmodified(layer, nn.Linear)
 
 
-def test_a_method_is_overridden_in_a_subclass_or_in_an_instance() -> None:
+def test_method_is_overridden_in_subclass_or_instance() -> None:
     assert not is_overridden(nn.Linear(2, 3), nn.Linear, "forward", "extra_repr")
     assert is_overridden(Doubled(2, 3), nn.Linear, "extra_repr", "forward")
     assert not is_overridden(Doubled(2, 3), nn.Linear, "extra_repr")

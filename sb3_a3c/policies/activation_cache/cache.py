@@ -1,8 +1,8 @@
 """
-What a policy computed while acting out a rollout, kept for learning: no second forward pass.
+The activation cache of a policy: its convolutions and its LSTM.
 
-A cache is recorded by ``policy.act``, step by step for all environments, and replayed by ``policy.evaluate_actions``, chunk
-by chunk: learning takes as many environments at a time as make an update.
+``policy.act`` records it step by step for all environments; ``policy.evaluate_actions`` replays it chunk by chunk, a chunk
+being the environments that make one update.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,28 +15,28 @@ from torch import nn
 from sb3_a3c.policies.activation_cache.convolutions import ConvolutionCache
 from sb3_a3c.policies.activation_cache.lstm import LstmCache
 from sb3_a3c.policies.overrides import is_unmodified
-from sb3_a3c.policies.torch_layers import BabyCNN, LstmState, is_simple
+from sb3_a3c.policies.torch_layers import BabyCNN, LstmState, is_standard_lstm
 
-#: The cache of a worker is no larger than this; 160 images of 84x84 need 55 MB.
+#: Limit of a worker's cache; 160 images of 84x84 need 55 MB.
 MAX_CACHE_BYTES = 256 * 2**20
 
 
 class ChunkCache(NamedTuple):
-    """The part of a cache that some of the environments have recorded."""
+    """The part of a cache that belongs to the environments of one chunk."""
 
-    convolutions: ConvolutionCache | None  #: None if the features have no weights
+    convolutions: ConvolutionCache | None  #: None if the features extractor has no weights
     lstm: LstmCache
-    envs: slice  #: which
+    envs: slice
 
 
 class ActivationCache:
     """
-    The cache of a rollout.
+    The cache of a rollout. All weights must stay the same between recording and the backward pass.
 
-    :param cnn: the convolutions before the LSTM, or None if there are none
-    :param lstm: the LSTM; all weights must stay the same between recording and the backward pass
-    :param n_steps: of the rollout
-    :param chunks: environments that are replayed at a time; together all of them, in order
+    :param cnn: the convolutions before the LSTM, or None
+    :param lstm: the LSTM
+    :param n_steps: number of steps of the rollout
+    :param chunks: environments that are replayed together; the chunks cover all environments in order
     """
 
     def __init__(self, cnn: BabyCNN | None, lstm: nn.LSTM, n_steps: int, chunks: Sequence[slice]) -> None:
@@ -47,7 +47,7 @@ class ActivationCache:
 
     @property
     def extractor(self) -> Callable[[th.Tensor], th.Tensor] | None:
-        """Takes the place of the features extractor while recording; None if that is to compute them as ever."""
+        """Takes the place of the policy's features extractor while recording; None if that has no weights."""
         return self._record_images if self._convolutions else None
 
     def _record_images(self, images: th.Tensor) -> th.Tensor:
@@ -55,17 +55,15 @@ class ActivationCache:
         return th.cat([cache.record(part) for cache, part in zip(self._convolutions, parts, strict=True)])
 
     def record(self, features: th.Tensor, state: LstmState, episode_starts: th.Tensor) -> tuple[th.Tensor, LstmState]:
-        """As :meth:`LstmCache.record`, of all environments."""
+        """As :meth:`LstmCache.record`, for all environments."""
         return self._lstm.record(features, state, episode_starts)
 
     def clear(self) -> None:
-        """Forget what was recorded."""
         self._lstm.clear()
         for cache in self._convolutions:
             cache.clear()
 
     def chunk_caches(self) -> list[ChunkCache]:
-        """:return: for each chunk what was recorded of it"""
         convolutions = self._convolutions or [None] * len(self._chunks)  # type: ignore[list-item]
         return [ChunkCache(part, self._lstm, envs) for part, envs in zip(convolutions, self._chunks, strict=True)]
 
@@ -74,23 +72,13 @@ def new_activation_cache(
     extractor: BaseFeaturesExtractor, lstm: nn.LSTM, n_steps: int, chunks: Sequence[slice]
 ) -> ActivationCache | None:
     """
-    :param extractor: what makes features of observations
-    :param lstm: what follows it
-    :param n_steps: that a rollout has
-    :param chunks: environments that are learned from at a time; together all of them, in order
-    :return: a cache; None if one of the two has been changed by somebody (then acting and learning may compute different
-        things), or the cache would be too large
+    A cache for a features extractor and the LSTM after it; None if one of them is of a kind that has no cache or has been
+    modified (acting and learning could then differ), or if the cache would be too large.
     """
     cnn = extractor if isinstance(extractor, BabyCNN) else None
-    if not (_is_original_flatten(extractor) if cnn is None else cnn.is_original()) or not is_simple(lstm):
+    original = is_unmodified(extractor, FlattenExtractor) if cnn is None else cnn.is_original()
+    if not (original and is_standard_lstm(lstm)):
         return None
-    n_transitions = n_steps * chunks[-1].stop
-    n_bytes = n_transitions * LstmCache.numbers_per_step(lstm) * lstm.all_weights[0][0].element_size()
-    if cnn is not None:
-        n_bytes += n_transitions * ConvolutionCache.bytes_per_image(cnn)
-    return ActivationCache(cnn, lstm, n_steps, chunks) if n_bytes <= MAX_CACHE_BYTES else None
-
-
-def _is_original_flatten(extractor: BaseFeaturesExtractor) -> bool:
-    flatten = getattr(extractor, "flatten", None)
-    return is_unmodified(extractor, FlattenExtractor) and flatten is not None and is_unmodified(flatten, nn.Flatten)
+    n_bytes = LstmCache.bytes_per_transition(lstm) + (0 if cnn is None else ConvolutionCache.bytes_per_transition(cnn))
+    too_large = n_steps * chunks[-1].stop * n_bytes > MAX_CACHE_BYTES
+    return None if too_large else ActivationCache(cnn, lstm, n_steps, chunks)

@@ -1,12 +1,11 @@
 """
-What an LSTM computed while acting, kept for the backward pass.
+The activations of an LSTM that acting computed, kept for the backward pass through time.
 
-Acting runs the LSTM step by step, and learning needs the same numbers again for its gradient. An :class:`LstmCache` keeps
-them, so that learning needs only the pass back through time. Notation of Hochreiter & Schmidhuber (1997) and
-``th.nn.LSTM``: gates i, f, g, o; cell c = f ⊙ c_{t-1} + i ⊙ g; output h = o ⊙ tanh(c).
+Notation of Hochreiter & Schmidhuber (1997) and ``th.nn.LSTM``: gates i, f, g, o; cell c = f ⊙ c_{t-1} + i ⊙ g; output
+h = o ⊙ tanh(c).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch as th
@@ -18,11 +17,11 @@ from sb3_a3c.policies.torch_layers import LstmState
 
 class LstmCache:
     """
-    What an LSTM computed in the steps of a rollout, recorded while acting and replayed once for each environment.
+    The activations of an LSTM over a rollout, recorded while acting and replayed once for each environment.
 
-    :param lstm: a simple one; its weights must stay the same between recording and the backward pass
-    :param n_steps: how many steps are going to be recorded
-    :param n_envs: of how many environments
+    :param lstm: a standard one; its weights must stay the same between recording and the backward pass
+    :param n_steps: number of steps that will be recorded
+    :param n_envs: number of environments
     """
 
     def __init__(self, lstm: nn.LSTM, n_steps: int, n_envs: int) -> None:
@@ -30,10 +29,10 @@ class LstmCache:
         self.layers = [_LayerCache(weights, n_steps, n_envs) for weights in lstm.all_weights]
 
     @staticmethod
-    def numbers_per_step(lstm: nn.LSTM) -> int:
-        """:return: how many numbers are kept of a step of one environment"""
+    def bytes_per_transition(lstm: nn.LSTM) -> int:
         # of a layer: inputs; outputs and cells of the step before, four gates, the cells' tanh, outputs
-        return sum(w_ih.shape[1] + w_hh.shape[1] * (2 + 4 + 1 + 1) for w_ih, w_hh, *_ in lstm.all_weights)
+        n_numbers = sum(w_ih.shape[1] + w_hh.shape[1] * (2 + 4 + 1 + 1) for w_ih, w_hh, *_ in lstm.all_weights)
+        return n_numbers * lstm.all_weights[0][0].element_size()
 
     def record(self, features: th.Tensor, state: LstmState, episode_starts: th.Tensor) -> tuple[th.Tensor, LstmState]:
         """
@@ -41,7 +40,7 @@ class LstmCache:
 
         :param features: (n_envs, features_dim)
         :param state: state before the step
-        :param episode_starts: (n_envs,), bool: whose state is to be zeroed first
+        :param episode_starts: (n_envs,), bool; where True the state is zeroed first
         :return: outputs (n_envs, lstm_hidden_size), and the state after the step
         """
         assert not th.is_grad_enabled()
@@ -56,15 +55,14 @@ class LstmCache:
         return x, (th.stack(hidden), th.stack(cell))
 
     def clear(self) -> None:
-        """Forget what was recorded."""
         self.n_recorded = 0
 
     def replay(self, features: th.Tensor | None, envs: slice) -> th.Tensor:
         """
-        :param features: those that were recorded of some environments, (n_recorded * n, features_dim), whose gradient is
-            wanted; or None
-        :param envs: which
-        :return: the outputs, (n_recorded * n, lstm_hidden_size), with gradient
+        Outputs of some environments, (n_recorded * n, lstm_hidden_size), with gradient.
+
+        :param features: the recorded features, (n_recorded * n, features_dim), if their gradient is needed
+        :param envs: the n environments
         """
         x: Any = features
         for layer in self.layers:
@@ -74,14 +72,14 @@ class LstmCache:
 
 
 class _LayerCache:
-    """One layer's part of the cache. Weights are as in ``th.nn.LSTM.all_weights``: two matrices, and maybe two biases."""
+    """The cache of one layer. Weights are as in ``th.nn.LSTM.all_weights``: two matrices and, optionally, two biases."""
 
     def __init__(self, weights: Sequence[th.Tensor], n_steps: int, n_envs: int) -> None:
         self.weights = weights
         n_inputs, n_units = weights[0].shape[1], weights[1].shape[1]
         zeros = weights[0].detach().new_zeros
         self.inputs = zeros(n_steps, n_envs, n_inputs)
-        self.outputs_before = zeros(n_steps, n_envs, n_units)  #: of the step before, or 0 where an episode starts
+        self.outputs_before = zeros(n_steps, n_envs, n_units)  #: of the step before; 0 where an episode starts
         self.cells_before = zeros(n_steps, n_envs, n_units)  #: likewise
         self.gates = zeros(n_steps, 4, n_envs, n_units)  #: i, f, g, o
         self.cell_tanhs = zeros(n_steps, n_envs, n_units)
@@ -91,7 +89,7 @@ class _LayerCache:
     def record(
         self, t: int, x: th.Tensor, output: th.Tensor, cell: th.Tensor, starts: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
-        """One step: (n_envs, n_inputs), twice (n_envs, n_units) and (n_envs, 1) -> twice (n_envs, n_units)."""
+        """Inputs (n_envs, n_inputs), state twice (n_envs, n_units), starts (n_envs, 1) -> twice (n_envs, n_units)."""
         assert x.shape == self.inputs[t].shape
         self.episode_starts[t] = starts
         x = self.inputs[t].copy_(x)
@@ -110,8 +108,8 @@ class _LayerCache:
 
 def _add_products(gates: th.Tensor, x: th.Tensor, matrix: th.Tensor) -> th.Tensor:
     """
-    Add to (4, n, H) the products of (n, n_inputs) and (4 * H, n_inputs). With few rows this waits for the matrix to come
-    from memory, and it comes faster if each gate's part is multiplied by itself.
+    Add to (4, n, H) the products of (n, n_inputs) and (4 * H, n_inputs). With few rows the time goes into reading the
+    matrix from memory, which is faster as one product for each gate.
     """
     of_gates = matrix.view(4, -1, matrix.shape[1])  # (4 * H, n_inputs) -> (4, H, n_inputs)
     return gates.baddbmm_(x.expand(4, *x.shape), of_gates.transpose(1, 2))
@@ -127,11 +125,11 @@ class _Steps:
         self.gates = layer.gates[steps, :, envs]
         self.cell_tanhs = layer.cell_tanhs[steps, envs]
         self.outputs = layer.outputs[steps, envs]
-        self.goes_on = layer.episode_starts[steps, envs].logical_not().to(self.outputs.dtype)
+        self.continues = layer.episode_starts[steps, envs].logical_not().to(self.outputs.dtype)
 
     def gradient_of_gates(self, of_outputs: th.Tensor, w_hh: th.Tensor) -> th.Tensor:
         """
-        Back through time.
+        Backpropagate through time.
 
         :param of_outputs: gradient of the outputs, (n_steps, n_envs, H)
         :param w_hh: (4 * H, H)
@@ -141,7 +139,7 @@ class _Steps:
         tanh = self.cell_tanhs
         # ∂c/∂(i, f, g) and ∂h/∂o before the nonlinearities, ∂h/∂c, and ∂c/∂c_{t-1}: of all steps at once
         slopes = th.stack([i * (1 - i) * g, f * (1 - f) * self.cells_before, (1 - g * g) * i, o * (1 - o) * tanh], 2)
-        output_by_cell, cell_by_cell = o * (1 - tanh * tanh), f * self.goes_on
+        output_by_cell, cell_by_cell = o * (1 - tanh * tanh), f * self.continues
         of_gates = th.empty_like(slopes)
         of_output, of_cell = of_outputs[-1], th.zeros_like(of_outputs[-1])
         for t in reversed(range(len(slopes))):
@@ -151,12 +149,12 @@ class _Steps:
             if t > 0:
                 of_cell = of_cell * cell_by_cell[t]
                 # (n_envs, 4, H) -> (n_envs, 4 * H) -> (n_envs, H)
-                of_output = th.addcmul(of_outputs[t - 1], of_gates[t].flatten(1) @ w_hh, self.goes_on[t])
+                of_output = th.addcmul(of_outputs[t - 1], of_gates[t].flatten(1) @ w_hh, self.continues[t])
         return of_gates
 
 
 class _LstmReplay(th.autograd.Function):
-    """From a layer's features and weights to its outputs on a cache."""
+    """From a layer's features and weights to its recorded outputs."""
 
     @staticmethod
     def forward(ctx: Any, steps: _Steps, features: th.Tensor | None, *weights: th.Tensor) -> th.Tensor:
@@ -168,15 +166,10 @@ class _LstmReplay(th.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: th.Tensor) -> tuple[th.Tensor | None, ...]:
         steps: _Steps = ctx.steps
-        w_ih, w_hh = ctx.weights[:2]
+        w_ih, w_hh, *biases = ctx.weights
         # (n_steps * n_envs, H) -> (n_steps, n_envs, H) -> (n_steps, n_envs, 4, H) -> (n_steps * n_envs, 4 * H)
         of_gates = steps.gradient_of_gates(gradient.view(steps.outputs.shape), w_hh).flatten(0, 1).flatten(1)
-        compute: list[Callable[[], th.Tensor]] = [
-            lambda: of_gates @ w_ih,
-            lambda: of_gates.t() @ steps.inputs.flatten(0, 1),
-            lambda: of_gates.t() @ steps.outputs_before.flatten(0, 1),
-            lambda: of_gates.sum(0),
-            lambda: of_gates.sum(0),
-        ]
-        needed = ctx.needs_input_grad[1:]  # after the steps: features, weights
-        return None, *(make() if wanted else None for make, wanted in zip(compute, needed, strict=False))
+        of_features = of_gates @ w_ih if ctx.needs_input_grad[1] else None
+        of_w_ih = of_gates.t() @ steps.inputs.flatten(0, 1)
+        of_w_hh = of_gates.t() @ steps.outputs_before.flatten(0, 1)
+        return None, of_features, of_w_ih, of_w_hh, *(of_gates.sum(0) for _ in biases)

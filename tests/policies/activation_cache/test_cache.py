@@ -1,4 +1,4 @@
-"""The cache of a rollout: whose, how large, and which part of it belongs to which environments."""
+"""For which networks there is an activation cache, how large it may be, and which part belongs to which environments."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,24 +11,24 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from torch import nn
 
 from sb3_a3c.policies.activation_cache import cache as cache_module
-from sb3_a3c.policies.activation_cache.cache import new_activation_cache
+from sb3_a3c.policies.activation_cache.cache import ActivationCache, new_activation_cache
 from sb3_a3c.policies.torch_layers import BabyCNN, run_lstm
 
-SMALL = spaces.Box(0, 255, (2, 20, 27), dtype=np.uint8)
+SPACE = spaces.Box(0, 255, (2, 20, 27), dtype=np.uint8)
 CHUNKS = [slice(0, 2), slice(2, 3)]
 
 
-def lstm_after(extractor: BaseFeaturesExtractor, **kwargs: Any) -> nn.LSTM:
-    return nn.LSTM(extractor.features_dim, 8, **kwargs)
+def new_cache(extractor: BaseFeaturesExtractor, **lstm_kwargs: Any) -> ActivationCache | None:
+    return new_activation_cache(extractor, nn.LSTM(extractor.features_dim, 8, **lstm_kwargs), 2, CHUNKS)
 
 
 @pytest.mark.parametrize("extractor_class", [BabyCNN, FlattenExtractor])
 def test_each_chunk_replays_its_environments(extractor_class: type[BaseFeaturesExtractor]) -> None:
-    extractor = extractor_class(SMALL)
-    lstm = lstm_after(extractor)
+    extractor = extractor_class(SPACE)
+    lstm = nn.LSTM(extractor.features_dim, 8)
     cache = new_activation_cache(extractor, lstm, 2, CHUNKS)
     assert cache is not None
-    observations, starts = th.rand(2, 3, *SMALL.shape), th.tensor([[False] * 3, [False, True, False]])
+    observations, starts = th.rand(2, 3, *SPACE.shape), th.tensor([[False] * 3, [False, True, False]])
     state = first = (th.randn(1, 3, 8), th.randn(1, 3, 8))
     extract = cache.extractor or extractor
     assert (cache.extractor is None) == (extractor_class is FlattenExtractor)
@@ -57,54 +57,34 @@ class Halved(FlattenExtractor):
 
 
 @pytest.mark.parametrize("extractor_class", [Noisy, Halved])
-def test_extractors_of_ones_own_get_no_tape(extractor_class: type[BaseFeaturesExtractor]) -> None:
-    extractor = extractor_class(SMALL)
-    assert new_activation_cache(extractor, lstm_after(extractor), 2, CHUNKS) is None
+def test_no_cache_for_custom_extractors(extractor_class: type[BaseFeaturesExtractor]) -> None:
+    assert new_cache(extractor_class(SPACE)) is None
 
 
-def _relu(cnn: BabyCNN) -> None:
-    cnn.cnn[1] = nn.ReLU()
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda layers: layers.__setitem__(1, nn.ReLU()),
+        lambda layers: layers.insert(1, nn.BatchNorm2d(32)),
+        lambda layers: layers[2].register_forward_hook(lambda module, inputs, output: 2 * output),
+        lambda layers: nn.utils.parametrizations.spectral_norm(layers[0]),
+    ],
+)
+def test_no_cache_for_edited_convolutions(edit: Callable[[nn.Sequential], object]) -> None:
+    cnn = BabyCNN(SPACE)
+    edit(cnn.cnn)
+    assert new_cache(cnn) is None
 
 
-def _hook(cnn: BabyCNN) -> None:
-    cnn.cnn[2].register_forward_hook(lambda module, inputs, output: 2 * output)
-
-
-def _normalized(cnn: BabyCNN) -> None:
-    nn.utils.parametrizations.spectral_norm(cnn.cnn[0])
-
-
-def _deeper(cnn: BabyCNN) -> None:
-    cnn.cnn.insert(1, nn.BatchNorm2d(32))
-
-
-def _tied(cnn: BabyCNN) -> None:
-    cnn.cnn[4] = cnn.cnn[2]
-
-
-@pytest.mark.parametrize("edit", [_relu, _hook, _normalized, _deeper, _tied])
-def test_edited_convolutions_get_no_tape(edit: Callable[[BabyCNN], None]) -> None:
-    cnn = BabyCNN(SMALL)
-    edit(cnn)
-    assert new_activation_cache(cnn, lstm_after(cnn), 2, CHUNKS) is None
-
-
-def test_an_lstm_that_learns_otherwise_than_it_acts_gets_no_tape() -> None:
-    extractor = FlattenExtractor(SMALL)
-    assert new_activation_cache(extractor, lstm_after(extractor, num_layers=2), 2, CHUNKS) is not None
-    assert new_activation_cache(extractor, lstm_after(extractor, num_layers=2, dropout=0.5), 2, CHUNKS) is None
-
-
-def test_an_edited_flatten_extractor_gets_no_tape() -> None:
-    extractor = FlattenExtractor(SMALL)
-    extractor.flatten = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(extractor.features_dim))  # type: ignore[assignment]
-    assert new_activation_cache(extractor, lstm_after(extractor), 2, CHUNKS) is None
+def test_no_cache_for_lstm_with_dropout() -> None:
+    assert new_cache(FlattenExtractor(SPACE), num_layers=2) is not None
+    assert new_cache(FlattenExtractor(SPACE), num_layers=2, dropout=0.5) is None
 
 
 @pytest.mark.parametrize("extractor_class", [BabyCNN, FlattenExtractor])
-def test_a_tape_is_not_too_large(monkeypatch: pytest.MonkeyPatch, extractor_class: type[BaseFeaturesExtractor]) -> None:
-    extractor = extractor_class(SMALL)
-    lstm = lstm_after(extractor)
+def test_cache_size_is_limited(monkeypatch: pytest.MonkeyPatch, extractor_class: type[BaseFeaturesExtractor]) -> None:
+    extractor = extractor_class(SPACE)
+    lstm = nn.LSTM(extractor.features_dim, 8, num_layers=2)
     cache = new_activation_cache(extractor, lstm, 5, CHUNKS)
     assert cache is not None
     parts = [part for layer in cache._lstm.layers for part in vars(layer).values() if isinstance(part, th.Tensor)]
