@@ -1,4 +1,4 @@
-"""NaN and infinity in observations and rewards, caught before a policy or ``VecNormalize`` sees them."""
+"""Replaces NaN and infinity in observations before a policy or ``VecNormalize`` sees them, and reports where they were."""
 
 from typing import Any
 
@@ -10,64 +10,62 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 from sb3_a3c.envs.observations import Obs, batch_of_one, copied
 from sb3_a3c.envs.wrapper_state import wrappers
 
-_LARGEST = np.finfo(np.float32).max  # policies turn observations into single precision
+_LARGEST = np.finfo(np.float32).max  # policies convert observations to single precision
 
 
 class NonFiniteFilter:
     """
-    Resets and steps a worker's environments, and returns observations in which every number is finite: where one was not
-    finite in single precision, it is 0 and ``faulty_obs`` says so. A reward that is not finite is NaN.
+    Resets and steps a worker's environments. Where a number of an observation is not finite in single precision, it is 0.
 
-    A ``VecNormalize`` would clip infinities and keep a NaN in its statistics for ever. So its input is filtered too, unless
-    a ``VecCheckNan`` outside of it wants to see everything.
+    ``VecNormalize`` would keep a NaN in its statistics for ever, and clip an infinity. So the input of the innermost one is
+    filtered too, unless a ``VecCheckNan`` outside of it has to see everything.
 
     :param env: a worker's environments
     """
 
     def __init__(self, env: VecEnv) -> None:
         self.env = env
-        self.faulty_obs = np.zeros(env.num_envs, dtype=bool)  #: whose observation of the last step was not finite
-        self.faulty_ends = np.zeros(env.num_envs, dtype=bool)  #: whose episode ended there with one that was not finite
+        self.faulty_obs = np.zeros(env.num_envs, dtype=bool)  #: (n_envs,), the last observation was not finite
+        self.faulty_ends = np.zeros(env.num_envs, dtype=bool)  #: (n_envs,), the last step's terminal observation was not
         stack = wrappers(env)
         places = [i for i, wrapper in enumerate(stack) if isinstance(wrapper, VecNormalize)]
         is_checked = places and any(isinstance(wrapper, VecCheckNan) for wrapper in stack[: places[-1]])
-        self._normalized = _InputFilter(stack[places[-1]].venv) if places and not is_checked else None
+        self._input = _InputFilter(stack[places[-1]].venv) if places and not is_checked else None
 
     def reset(self) -> Obs:
-        """:return: (n_envs, …), in memory of its own"""
-        obs = copied(self.env.reset())
-        self._set_faulty(obs)
-        return obs
+        """As ``VecEnv.reset``, but returns a copy."""
+        return self._filtered(self.env.reset())
 
     def step(
         self, actions: npt.NDArray[Any]
     ) -> tuple[Obs, npt.NDArray[np.float32], npt.NDArray[np.bool_], list[dict[str, Any]]]:
-        """:return: as ``VecEnv.step``, the observations in memory of their own"""
+        """As ``VecEnv.step``, but returns a copy of the observations. A reward that was not finite is not finite here."""
         obs, rewards, dones, infos = self.env.step(actions)
-        obs = copied(obs)
-        self._set_faulty(obs)
-        if self._normalized is not None:
-            self.faulty_ends = self._normalized.faulty_ends
-            rewards = np.where(self._normalized.faulty_rewards, np.float32(np.nan), rewards)
+        obs = self._filtered(obs)
+        if self._input is not None:
+            self.faulty_ends = self._input.faulty_ends
+            rewards = np.where(self._input.faulty_rewards, np.float32(np.nan), rewards)
         return obs, rewards, dones, infos
 
-    def _set_faulty(self, obs: Obs) -> None:
-        self.faulty_obs = zero_non_finite(obs)
-        if self._normalized is not None:
-            self.faulty_obs |= self._normalized.faulty_obs
-
     def close(self) -> None:
-        """Restore the environments' own methods. They stay open."""
-        if self._normalized is not None:
-            self._normalized.remove()
+        """Remove the filter from the environments, which stay open."""
+        if self._input is not None:
+            self._input.remove()
+
+    def _filtered(self, obs: VecEnvObs) -> Obs:
+        obs = copied(obs)
+        self.faulty_obs = zero_non_finite(obs)
+        if self._input is not None:
+            self.faulty_obs |= self._input.faulty_obs
+        return obs
 
 
 class _InputFilter:
     """
-    Lets the ``VecNormalize`` around a ``VecEnv`` see zeros instead of numbers that are not finite.
+    Replaces numbers that are not finite by 0 in what a ``VecNormalize`` gets from the ``VecEnv`` inside it.
 
-    :param venv: the one inside it; ``reset`` and ``step_wait`` are replaced on this instance, so that the stack of wrappers
-        stays the user's
+    :param venv: the inner ``VecEnv``; ``reset`` and ``step_wait`` of this instance are replaced, because another wrapper
+        around it would change the user's stack
     """
 
     def __init__(self, venv: VecEnv) -> None:
@@ -96,18 +94,14 @@ class _InputFilter:
 
 def zero_non_finite(obs: Any) -> npt.NDArray[np.bool_]:
     """
-    Put zeros where a number is not finite in single precision.
+    Replace by 0, in place, each number that is not finite in single precision.
 
-    :param obs: (n_envs, …), changed in place
+    :param obs: (n_envs, …)
     :return: (n_envs,), which environments had such a number
     """
     if isinstance(obs, dict):
-        faulty: npt.NDArray[np.bool_] = np.logical_or.reduce([_zero_non_finite(part) for part in obs.values()])
+        faulty: npt.NDArray[np.bool_] = np.logical_or.reduce([zero_non_finite(part) for part in obs.values()])
         return faulty
-    return _zero_non_finite(obs)
-
-
-def _zero_non_finite(obs: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     if obs.dtype.kind == "f" and not (is_finite := np.abs(obs) <= _LARGEST).all():
         obs[~is_finite] = 0.0
         return np.asarray(~is_finite.reshape(len(obs), -1).all(axis=1))  # (n_envs, …) -> (n_envs,)

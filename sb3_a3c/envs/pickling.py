@@ -1,4 +1,4 @@
-"""cloudpickle for environments, with the few classes of Stable-Baselines3 that it can't pickle by itself."""
+"""Pickles environments for worker processes, with what cloudpickle needs to know of SB3's wrappers and monitor files."""
 
 import inspect
 import io
@@ -13,6 +13,12 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 
 def dump_env(env: Any) -> tuple[bytes, tuple["Connection[Any, Any]", ...]]:
+    """
+    Pickle an environment or a ``VecEnv``.
+
+    :return: the pickle, and the connections left out of it: only multiprocessing can send these, at the start of a process
+    :raises ValueError: if something in the environments can't be pickled
+    """
     buffer = io.BytesIO()
     pickler = _EnvPickler(buffer)
     try:
@@ -20,20 +26,22 @@ def dump_env(env: Any) -> tuple[bytes, tuple["Connection[Any, Any]", ...]]:
     except Exception as error:
         raise ValueError(
             f"The environments can't be sent to worker processes: pickling them raised {type(error).__name__}: {error}. "
-            "Give them no open files, locks or windows before training, or use n_workers=0 to train in this process."
+            "Use a SubprocVecEnv, whose environments need not be pickled, or n_workers=0 to train in this process."
         ) from error
     return buffer.getvalue(), tuple(pickler.connections)
 
 
-class _EnvPickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """cloudpickle, and the few things of Stable-Baselines3 that can't be pickled as they are."""
+def load_env(data: bytes, connections: Sequence["Connection[Any, Any]"] = ()) -> Any:
+    """Unpickle what :func:`dump_env` returned."""
+    return _EnvUnpickler(io.BytesIO(data), connections).load()
 
+
+class _EnvPickler(cloudpickle.Pickler):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
         self.connections: list[Connection[Any, Any]] = []
 
     def persistent_id(self, obj: Any) -> int | None:
-        """Connections can only travel at the start of a process, by multiprocessing's own pickler."""
         if not isinstance(obj, Connection):
             return None
         self.connections.append(obj)
@@ -42,27 +50,27 @@ class _EnvPickler(cloudpickle.Pickler):  # type: ignore[misc]
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, ResultsWriter):
             return _reopen, (obj.file_handler.name, tuple(obj.logger.fieldnames))
-        if isinstance(obj, VecEnvWrapper):
-            state = {key: value for key, value in obj.__dict__.items() if key != "class_attributes"}
-            return rebuild_wrapper, (type(obj), state)
+        if isinstance(obj, VecEnvWrapper):  # its `class_attributes` can't be pickled
+            state = {key: value for key, value in vars(obj).items() if key != "class_attributes"}
+            return _rebuild_wrapper, (type(obj), state)
         return super().reducer_override(obj)
 
 
-class EnvUnpickler(pickle.Unpickler):
+class _EnvUnpickler(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, connections: Sequence["Connection[Any, Any]"]) -> None:
         super().__init__(file)
-        self.connections = connections
+        self._connections = connections
 
     def persistent_load(self, pid: int) -> "Connection[Any, Any]":
-        return self.connections[pid]
+        return self._connections[pid]
 
 
 def _reopen(filename: str, fieldnames: tuple[str, ...]) -> ResultsWriter:
-    """The monitor file goes on where it is: making the environment anew would empty it."""
-    return ResultsWriter(filename, extra_keys=fieldnames[3:], override_existing=False)
+    """Append to the monitor file, which a new ``Monitor`` would empty by default."""
+    return ResultsWriter(filename, extra_keys=fieldnames[3:], override_existing=False)  # after r, l, t
 
 
-def rebuild_wrapper(kind: type[VecEnvWrapper], state: dict[str, Any]) -> VecEnvWrapper:
+def _rebuild_wrapper(kind: type[VecEnvWrapper], state: dict[str, Any]) -> VecEnvWrapper:
     wrapper = kind.__new__(kind)
     vars(wrapper).update(state, class_attributes=dict(inspect.getmembers(kind)))
     return wrapper

@@ -1,14 +1,12 @@
 """
 A worker's share of the user's vectorised environment.
 
-:func:`split_env` deals the environments of a ``VecEnv`` out; each :class:`EnvShare` travels to its worker, where
-``open()`` makes a smaller ``VecEnv`` of the same wrappers from it. Environments of a ``DummyVecEnv`` travel as copies, of
-a ``SubprocVecEnv`` only the ends of the pipes: worker i drives its slice of the running processes.
+:func:`split_env` makes an :class:`EnvShare` for each worker, where ``open()`` turns it into a smaller ``VecEnv`` under the
+same wrappers. The environments of a ``DummyVecEnv`` are copied. Those of a ``SubprocVecEnv`` stay in their processes, and
+only the pipes to these are sent.
 """
 
 import functools
-import io
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -34,20 +32,12 @@ from stable_baselines3.common.vec_env import (
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
-from sb3_a3c.envs.pickling import EnvUnpickler, dump_env, rebuild_wrapper
+from sb3_a3c.envs.pickling import dump_env, load_env
 from sb3_a3c.envs.subproc import lend
 from sb3_a3c.envs.wrapper_state import FirstReset, begin_episodes
 
-#: Wrappers that can be split. By exact type: a subclass may do something that its share would not.
-_WRAPPERS = (
-    VecCheckNan,
-    VecExtractDictObs,
-    VecFrameStack,
-    VecMonitor,
-    VecNormalize,
-    VecTransposeImage,
-    VecVideoRecorder,
-)
+#: Wrappers that can be split. By exact type: a subclass may keep state that a share would lack.
+_WRAPPERS = (VecCheckNan, VecExtractDictObs, VecFrameStack, VecMonitor, VecNormalize, VecTransposeImage, VecVideoRecorder)
 
 
 @dataclass(frozen=True)
@@ -59,17 +49,14 @@ class EnvShare:
     first_reset: FirstReset
 
     def open(self) -> VecEnv:
-        """:return: the environments, which begin new episodes at their first reset"""
-        env: VecEnv = EnvUnpickler(io.BytesIO(self.data), self.connections).load()
-        return begin_episodes(env, self.first_reset)
+        """Unpickle the environments, which begin new episodes at their first reset."""
+        return begin_episodes(load_env(self.data, self.connections), self.first_reset)
 
 
 def deal(n_envs: int, n_workers: int) -> list[tuple[int, ...]]:
     """
-    Deal environments out as evenly as they go.
+    Distribute environments over workers as evenly as possible.
 
-    :param n_envs: number of environments
-    :param n_workers: number of workers
     :return: for each worker the indices of its environments, in order
     """
     bounds = [n_envs * worker // n_workers for worker in range(n_workers + 1)]
@@ -78,10 +65,11 @@ def deal(n_envs: int, n_workers: int) -> list[tuple[int, ...]]:
 
 def split_env(env: VecEnv, shares: Sequence[Sequence[int]], first_reset: FirstReset) -> list[EnvShare]:
     """
+    Make the shares that are sent to workers.
+
     :param env: ``DummyVecEnv`` or ``SubprocVecEnv``, also under SB3's wrappers
     :param shares: for each worker the indices of its environments
     :param first_reset: of all environments
-    :return: for each worker its environments
     :raises ValueError: if the environments can't be sent to other processes
     """
     return [EnvShare(*dump_env(take_share(env, indices)), first_reset.of(indices)) for indices in shares]
@@ -89,9 +77,10 @@ def split_env(env: VecEnv, shares: Sequence[Sequence[int]], first_reset: FirstRe
 
 def take_share(env: VecEnv, indices: Sequence[int]) -> VecEnv:
     """
+    Return a smaller ``VecEnv`` of the same kind that holds the same environment objects, not copies.
+
     :param env: a vectorised environment
-    :param indices: which of its environments
-    :return: a smaller one of the same kind over the same environments, to be sent to a worker
+    :param indices: the environments to take
     :raises ValueError: if this kind can't be split
     """
     if type(env) is DummyVecEnv:
@@ -108,13 +97,12 @@ def take_share(env: VecEnv, indices: Sequence[int]) -> VecEnv:
 
 
 def _take_wrapper(wrapper: VecEnvWrapper, indices: Sequence[int]) -> VecEnv:
-    """The same wrapper around a share. What it keeps for each environment, it makes anew when it is reset."""
+    """Return the same wrapper around a share. Its arrays of one entry per environment get their size when it is reset."""
     venv = take_share(wrapper.venv, indices)
     if isinstance(wrapper, VecVideoRecorder) and 0 not in indices:
-        return venv  # recorded once, not by every worker
-    share: Any = rebuild_wrapper(type(wrapper), vars(wrapper))
-    share.venv, share.num_envs = venv, len(indices)
-    share.reset_infos, share._seeds, share._options = venv.reset_infos, venv._seeds, venv._options
+        return venv  # one worker records
+    share: Any = object.__new__(type(wrapper))  # VecEnvWrapper.__getattr__ makes copy.copy recurse without end
+    vars(share).update(vars(wrapper), venv=venv, num_envs=len(indices))
     if isinstance(wrapper, VecFrameStack):
         stacked = wrapper.stacked_obs
         share.stacked_obs = StackedObservations(
@@ -137,12 +125,11 @@ def _dummy_vec_env(envs: Sequence[Any]) -> DummyVecEnv:
 
 def clone_env(env: gym.Env[Any, Any], n_envs: int) -> VecEnv:
     """
-    :param env: a single environment
-    :param n_envs: how many to make of it
-    :return: the environment itself and ``n_envs - 1`` copies, each under a ``Monitor``
-    :raises ValueError: if it can't be copied
+    Make a ``DummyVecEnv`` of a single environment and ``n_envs - 1`` copies, each under a ``Monitor``.
+
+    :raises ValueError: if the environment can't be pickled
     """
     if not is_wrapped(env, Monitor):
         env = Monitor(env)
     data, _ = dump_env(env)
-    return _dummy_vec_env([env, *(pickle.loads(data) for _ in range(n_envs - 1))])
+    return _dummy_vec_env([env, *(load_env(data) for _ in range(n_envs - 1))])

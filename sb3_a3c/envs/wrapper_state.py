@@ -1,4 +1,4 @@
-"""What SB3's wrappers keep between steps: how it is set when episodes begin, and put together after training."""
+"""What SB3's wrappers keep between steps: set when episodes begin, and brought back from the workers after training."""
 
 import contextlib
 import io
@@ -6,78 +6,63 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium as gym
 from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv
 from stable_baselines3.common.env_util import unwrap_wrapper
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize, VecVideoRecorder
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize, VecVideoRecorder
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
-#: What wrappers count, and how the counts of several workers are put together in the user's wrapper.
-_COUNTS: dict[type[VecEnvWrapper], str] = {VecMonitor: "episode_count", VecVideoRecorder: "step_id"}
+#: Counters of wrappers, by class; those of several workers are added up in the user's wrapper.
+_COUNTERS: dict[type[VecEnvWrapper], str] = {VecMonitor: "episode_count", VecVideoRecorder: "step_id"}
 WrapperCounts = dict[type[VecEnvWrapper], int]
+
+
+def wrappers(env: VecEnv) -> list[VecEnvWrapper]:
+    """Return the wrappers around a vectorised environment, the outermost first."""
+    found = []
+    while isinstance(env, VecEnvWrapper):
+        found.append(env)
+        env = env.venv
+    return found
 
 
 @dataclass(frozen=True)
 class FirstReset:
-    """What environments get at their first reset: one seed and one dictionary of options each."""
+    """Seed and options of each environment for its first reset."""
 
     seeds: tuple[int, ...]
     options: tuple[dict[str, Any], ...]
 
     def of(self, indices: Sequence[int]) -> "FirstReset":
-        """:return: that of some of the environments"""
+        """Return those of some of the environments."""
         return FirstReset(tuple(self.seeds[i] for i in indices), tuple(self.options[i] for i in indices))
 
 
 def pending_seeds(env: VecEnv) -> list[int | None]:
-    """:return: the seeds that the next reset would use, one for each environment; None where none was set"""
+    """Return the seed that each environment's next reset will use; None where none was set."""
     return list(env.unwrapped._seeds)
 
 
 def pending_options(env: VecEnv) -> list[dict[str, Any]]:
-    """:return: the options that the next reset would use, one dictionary for each environment"""
+    """Return the options that each environment's next reset will use."""
     return list(env.unwrapped._options)
 
 
 def begin_episodes(env: VecEnv, first_reset: FirstReset) -> VecEnv:
-    """
-    Let the next ``reset`` really begin new episodes.
-
-    :param env: at whatever point of its episodes
-    :param first_reset: the environments' seeds and options
-    :return: the same ``env``
-    """
+    """Make the next ``reset`` of ``env`` begin new episodes, wherever it is in the present ones, and return ``env``."""
     base = env.unwrapped
-    base._seeds = list(first_reset.seeds)
-    base._options = list(first_reset.options)
-    # EpisodicLifeEnv would answer a reset in mid-game with a no-op step in the old game, and ignore the seed; Monitor may
-    # forbid resets in mid-episode
+    base._seeds, base._options = list(first_reset.seeds), list(first_reset.options)
+    # In mid-episode, EpisodicLifeEnv would ignore the seed and continue the game, and a Monitor may forbid the reset
     for kind, attribute in ((EpisodicLifeEnv, "was_real_done"), (Monitor, "needs_reset")):
-        _set_in_wrapper(base, kind, attribute, True)
+        with contextlib.suppress(AttributeError, NotImplementedError):  # VecEnv classes of others may lack these calls
+            indices = [i for i, is_wrapped in enumerate(base.env_is_wrapped(kind)) if is_wrapped]
+            base.env_method("set_wrapper_attr", attribute, True, indices=indices)
     return env
-
-
-def _set_in_wrapper(base: VecEnv, kind: type[gym.Wrapper[Any, Any, Any, Any]], attribute: str, value: Any) -> None:
-    """Wherever an environment has a wrapper of that kind, set an attribute of it."""
-    if isinstance(base, DummyVecEnv):
-        for single in base.envs:
-            wrapper = unwrap_wrapper(single, kind)
-            if wrapper is not None:
-                setattr(wrapper, attribute, value)
-        return
-    with contextlib.suppress(AttributeError, NotImplementedError):  # VecEnv classes of others need not know such calls
-        indices = [i for i, wrapped in enumerate(base.env_is_wrapped(kind)) if wrapped]
-        base.env_method("set_wrapper_attr", attribute, value, indices=indices)
 
 
 @contextlib.contextmanager
 def unobserved(env: VecEnv) -> Iterator[None]:
-    """
-    A reset inside this block is not part of the training: no statistics are taken from it, and no video.
-
-    :param env: the user's vectorised environment
-    """
+    """Keep a reset in this context out of ``VecNormalize``'s statistics and of videos."""
     with contextlib.ExitStack() as stack:
         for wrapper in wrappers(env):
             if isinstance(wrapper, VecNormalize):
@@ -90,51 +75,32 @@ def unobserved(env: VecEnv) -> Iterator[None]:
 
 
 def finish_videos(env: VecEnv) -> None:
-    """
-    Save what recorders have recorded of the user's environments so far: the workers' will go on elsewhere.
-
-    :param env: the user's vectorised environment
-    """
+    """Save videos that were begun before training: the workers' environments do not continue them."""
     for wrapper in wrappers(env):
         if isinstance(wrapper, VecVideoRecorder) and wrapper.recording:
             wrapper._stop_recording()
 
 
-def wrappers(env: VecEnv) -> list[VecEnvWrapper]:
-    """
-    :param env: a vectorised environment
-    :return: its wrappers, from the outermost
-    """
-    found = []
-    while isinstance(env, VecEnvWrapper):
-        found.append(env)
-        env = env.venv
-    return found
-
-
 def wrapper_counts(env: VecEnv) -> WrapperCounts:
-    """
-    :param env: a worker's environments, or the user's
-    :return: what their wrappers have counted
-    """
-    return {type(wrapper): getattr(wrapper, _COUNTS[type(wrapper)]) for wrapper in wrappers(env) if type(wrapper) in _COUNTS}
+    """Return the counters of the wrappers around ``env``."""
+    return {type(wrapper): getattr(wrapper, name) for wrapper in wrappers(env) if (name := _COUNTERS.get(type(wrapper)))}
 
 
 def continue_from(env: VecEnv, workers_counts: Sequence[WrapperCounts]) -> None:
     """
-    Let the user's wrappers go on where the workers' have ended: with their counts, and behind the lines that they have
-    appended to monitor files.
+    Let the user's wrappers continue where those of the workers have ended.
 
     :param env: the user's vectorised environment
-    :param workers_counts: of each worker's environments at their end
+    :param workers_counts: the counters of each worker's wrappers at its end
     """
     for wrapper in wrappers(env):
-        if name := _COUNTS.get(type(wrapper)):
+        if name := _COUNTERS.get(type(wrapper)):
             before = getattr(wrapper, name)
-            new = sum(ended[type(wrapper)] - before for ended in workers_counts if type(wrapper) in ended)
-            setattr(wrapper, name, before + new)
+            added = [counts[type(wrapper)] - before for counts in workers_counts if type(wrapper) in counts]
+            setattr(wrapper, name, before + sum(added))
+    # the workers have appended to monitor files: write behind their lines
     monitors = [unwrap_wrapper(single, Monitor) for single in getattr(env.unwrapped, "envs", [])]
     for monitor in [*monitors, *wrappers(env)]:
-        writer = getattr(monitor, "results_writer", None) if isinstance(monitor, Monitor | VecMonitor) else None
+        writer = monitor.results_writer if isinstance(monitor, Monitor | VecMonitor) else None
         if writer is not None:
             writer.file_handler.seek(0, io.SEEK_END)

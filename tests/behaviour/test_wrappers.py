@@ -1,4 +1,4 @@
-"""SB3's VecEnv wrappers and monitor files around the environments of workers: the numbers that they give."""
+"""SB3's VecEnv wrappers and monitor files give the same numbers around the environments of workers."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -78,8 +78,8 @@ def clocks(vec_env: Any = DummyVecEnv, kind: str = "clock", folder: Path | None 
 
 class Recorder(BaseCallback):
     """
-    Notes each transition as (environment, reward, info); with ``n_steps`` also the observations at the ends of rollouts, of
-    workers that take turns.
+    Keeps each transition as (environment, reward, info). With ``n_steps``, and workers that take turns, it also keeps the
+    observations at the ends of rollouts.
     """
 
     def __init__(self, n_steps: int | None = None) -> None:
@@ -100,13 +100,16 @@ class Recorder(BaseCallback):
         return True
 
     def returns(self, env: int) -> list[float]:
-        return [info["episode"]["r"] for index, _, info in self.rows if index == env and "episode" in info]
+        """Return those of an environment's episodes, after checking that none is missing."""
+        mine = [info for index, _, info in self.rows if index == env]
+        returns = [float(info["episode"]["r"]) for info in mine if "episode" in info]
+        assert returns == [returns[0] + k for k in range(len(returns))]
+        assert all(1000 * env <= value < 1000 * env + 200 for value in returns)
+        assert len(returns) == len(mine) // (env + 2)
+        return returns
 
-    def n_steps_of(self, env: int) -> int:
-        return sum(index == env for index, *_ in self.rows)
 
-
-@pytest.fixture(params=["Dummy, 0", "Dummy, 2", "Subproc, 0", "Subproc, 2"])
+@pytest.fixture(params=["Dummy, 0", "Dummy, 2", "Subproc, 2"])
 def setup(request: pytest.FixtureRequest) -> tuple[Any, int]:
     kind, n_workers = request.param.split(", ")
     return DummyVecEnv if kind == "Dummy" else SubprocVecEnv, int(n_workers)
@@ -115,40 +118,26 @@ def setup(request: pytest.FixtureRequest) -> tuple[Any, int]:
 BOTH = pytest.mark.parametrize("n_workers", [0, 2])
 
 
-def assert_consecutive(returns: list[float], env: int) -> None:
-    """Every episode of a call of ``learn`` once, in order."""
-    if not returns:  # its worker had no core for so long that the others made all steps
-        return
-    first = returns[0]
-    assert 0 <= first - 1000 * env < 100
-    assert returns == [first + k for k in range(len(returns))]
-
-
 # --- monitors -------------------------------------------------------------------------------------------------------
 
 
 def test_vec_monitor_counts_every_episode_once_and_appends(setup: tuple[Any, int], tmp_path: Path) -> None:
     vec_env, n_workers = setup
     env = VecMonitor(clocks(vec_env), str(tmp_path / "all"), info_keywords=("step",))
-    first, second = Recorder(), Recorder()
-    model = A3C("MlpPolicy", env, n_workers=n_workers, n_steps=10).learn(400, callback=first)
-    n_first = env.episode_count
-    rows = load_results(str(tmp_path))
-    model.learn(200, callback=second, reset_num_timesteps=False)
-    env.close()
-    all_rows = load_results(str(tmp_path))
-    for recorder, found in ((first, rows), (second, all_rows.iloc[len(rows) :])):
+    model = A3C("MlpPolicy", env, n_workers=n_workers, n_steps=10)
+    n_before = 0
+    for n_steps in (400, 200):
+        recorder = Recorder()
+        model.learn(n_steps, callback=recorder, reset_num_timesteps=False)
+        rows = load_results(str(tmp_path))
+        assert env.episode_count == len(rows)
         for i in range(4):
-            mine = [float(r) for r in found["r"] if int(r) // 1000 == i]
-            assert_consecutive(mine, i)
-            assert recorder.returns(i) == mine
-            assert len(mine) == recorder.n_steps_of(i) // (i + 2)
-        assert (found["l"] == found["r"] // 1000 + 2).all()
-    assert n_first == len(rows)
-    assert env.episode_count == len(all_rows)
+            assert [float(r) for r in rows["r"].iloc[n_before:] if r // 1000 == i] == recorder.returns(i)
+        assert (rows["l"] == rows["r"] // 1000 + 2).all()
+        n_before = len(rows)
+    env.close()
     times = [float(line.split(",")[2]) for line in (tmp_path / "all.monitor.csv").read_text().splitlines()[2:]]
     assert all(later >= earlier - 0.01 for earlier, later in pairwise(times))
-    assert (all_rows["t"].diff().dropna() >= 0).all()
 
 
 def test_monitor_files_hold_every_episode_once_and_in_order(setup: tuple[Any, int], tmp_path: Path) -> None:
@@ -158,29 +147,21 @@ def test_monitor_files_hold_every_episode_once_and_in_order(setup: tuple[Any, in
     model = A3C("MlpPolicy", env, n_workers=n_workers, n_steps=10).learn(400, callback=first)
     model.learn(200, callback=second)
     env.close()
-    n_episodes = 0
     for i in range(4):
         lines = (tmp_path / f"{i}.monitor.csv").read_text().splitlines()
         assert lines[1] == "r,l,t"
-        returns = [float(line.split(",")[0]) for line in lines[2:]]
-        mine, others = first.returns(i), second.returns(i)
-        assert_consecutive(mine, i)
-        assert_consecutive(others, i)
-        assert returns == mine + others
-        assert len(mine) == first.n_steps_of(i) // (i + 2)
-        n_episodes += len(returns)
-    assert len(load_results(str(tmp_path))) == n_episodes
+        assert [float(line.split(",")[0]) for line in lines[2:]] == first.returns(i) + second.returns(i)
 
 
 # --- observations ---------------------------------------------------------------------------------------------------
 
 
 @BOTH
-def test_frames_are_stacked_and_channels_moved_as_ever(n_workers: int) -> None:
+def test_frames_are_stacked_and_transposed(n_workers: int) -> None:
     env = VecFrameStack(VecTransposeImage(clocks(kind="image")), 3)
     recorder = Recorder(7)
-    A3C("CnnLstmPolicy", env, n_workers=n_workers, n_steps=7, take_turns=True).learn(280, callback=recorder)
-    assert len(recorder.obs) >= 5
+    A3C("CnnLstmPolicy", env, n_workers=n_workers, n_steps=7, take_turns=True).learn(140, callback=recorder)
+    assert len(recorder.obs) >= 3
     for obs, times in zip(recorder.obs, recorder.times, strict=True):
         assert obs.shape == (4, 9, 12, 10)
         for i, t in enumerate(times):
@@ -189,11 +170,11 @@ def test_frames_are_stacked_and_channels_moved_as_ever(n_workers: int) -> None:
 
 
 @BOTH
-def test_one_part_of_a_dictionary_is_extracted(n_workers: int) -> None:
+def test_vec_extract_dict_obs(n_workers: int) -> None:
     env = VecExtractDictObs(clocks(kind="dict"), "clock")
     recorder = Recorder(7)
-    A3C("MlpPolicy", env, n_workers=n_workers, n_steps=7, take_turns=True).learn(280, callback=recorder)
-    assert len(recorder.obs) >= 5
+    A3C("MlpPolicy", env, n_workers=n_workers, n_steps=7, take_turns=True).learn(140, callback=recorder)
+    assert len(recorder.obs) >= 3
     for obs, times in zip(recorder.obs, recorder.times, strict=True):
         assert obs.tolist() == [[i, t] for i, t in enumerate(times)]
     ends = [(index, info["terminal_observation"]) for index, _, info in recorder.rows if "terminal_observation" in info]
@@ -203,37 +184,31 @@ def test_one_part_of_a_dictionary_is_extracted(n_workers: int) -> None:
 # --- VecCheckNan ----------------------------------------------------------------------------------------------------
 
 
-def test_vec_check_nan_raises_in_learn(setup: tuple[Any, int]) -> None:
-    vec_env, n_workers = setup
-    env = VecCheckNan(clocks(vec_env), raise_exception=True)
+@BOTH
+def test_vec_check_nan_raises_in_learn(n_workers: int) -> None:
+    env = VecCheckNan(clocks(), raise_exception=True)
     env.set_attr("bad_step", 90, indices=[3])
     model = A3C("MlpPolicy", env, n_workers=n_workers, n_steps=10)
     with pytest.raises(ValueError, match="found nan in rewards") as caught:
         model.learn(10_000)
     assert isinstance(caught.value.__cause__, RemoteTraceback) == (n_workers > 0)
-    assert model.num_timesteps < 10_000  # how far the other worker came is up to the machine
-    env.close()
+    assert model.num_timesteps < 10_000  # the other worker may be far ahead
 
 
 @BOTH
-def test_vec_check_nan_warns_where_the_user_sees_it_and_training_goes_on(n_workers: int) -> None:
+def test_vec_check_nan_warns_and_training_continues(n_workers: int) -> None:
     env = VecCheckNan(clocks())
     env.set_attr("bad_step", 30, indices=[0])
-    env.set_attr("bad_step", 35, indices=[3])
-    skipped: list[int] = []
-
-    def note(local: dict[str, Any], _: dict[str, Any]) -> bool:
-        skipped.append(local["self"]._collector.statistics.skipped_updates)
-        return True
-
-    dropped = pytest.warns(UserWarning, match="An update was dropped, as a reward was NaN")
-    with dropped, pytest.warns(UserWarning, match="found nan in rewards") as caught:
-        model = A3C("MlpPolicy", env, n_workers=n_workers, n_steps=10).learn(800, callback=note)
-    n_found = len([warning for warning in caught if "found nan" in str(warning.message)])
-    assert n_found == 1 if n_workers == 0 else 1 <= n_found <= 2  # one for each worker, with its own action
-    assert len(caught) == n_found + 1
-    assert model.num_timesteps == 800
-    assert 1 <= skipped[-1] <= 2
+    model = A3C("MlpPolicy", env, n_workers=n_workers, n_steps=10, take_turns=True)
+    with pytest.warns(UserWarning, match="update was dropped|nan in rewards") as caught:
+        model.learn(400)
+    expected = ["An update was dropped, as a reward was NaN"]
+    if n_workers == 0:  # workers write theirs to standard error
+        expected.insert(0, "found nan in rewards")
+    assert len(caught) == len(expected)
+    assert all(str(warning.message).startswith(text) for warning, text in zip(caught, expected, strict=True))
+    assert model.num_timesteps == 400
+    assert model._n_updates == (20 if n_workers else 10) - 1
 
 
 # --- VecVideoRecorder -----------------------------------------------------------------------------------------------
@@ -249,23 +224,25 @@ def frames(path: Path) -> list[npt.NDArray[Any]]:
 @pytest.fixture
 def recorded(setup: tuple[Any, int], tmp_path: Path) -> Iterator[tuple[VecVideoRecorder, int]]:
     vec_env, n_workers = setup
-    env = VecVideoRecorder(clocks(vec_env), str(tmp_path), lambda step: step % 50 == 0, video_length=20)
+    env = VecVideoRecorder(clocks(vec_env), str(tmp_path), lambda step: step % 40 == 0, video_length=10)
     yield env, n_workers
     env.close()
 
 
-def test_videos_are_recorded_once_and_go_on_in_a_second_call(recorded: tuple[VecVideoRecorder, int], tmp_path: Path) -> None:
+def test_videos_are_recorded_once_and_continue_in_a_second_call(
+    recorded: tuple[VecVideoRecorder, int], tmp_path: Path
+) -> None:
     env, n_workers = recorded
-    model = A3C("MlpPolicy", env, n_workers=n_workers, n_steps=10, take_turns=True).learn(440)
+    model = A3C("MlpPolicy", env, n_workers=n_workers, n_steps=10, take_turns=True).learn(240)
+    assert env.step_id == 60
+    model.learn(200, reset_num_timesteps=False)
     assert env.step_id == 110
-    model.learn(440, reset_num_timesteps=False)
-    assert env.step_id == 220
     env.close()
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"rl-video-step-{start}-to-step-{start + 20}.mp4" for start in range(0, 220, 50)}
-    video = frames(tmp_path / "rl-video-step-50-to-step-70.mp4")
-    assert len(video) == 21
-    # a mosaic of the environments of one worker: each has its own grey
+    assert names == {f"rl-video-step-{start}-to-step-{start + 10}.mp4" for start in range(0, 110, 40)}
+    video = frames(tmp_path / "rl-video-step-40-to-step-50.mp4")
+    assert len(video) == 11
+    # a mosaic of the environments of one worker, each of its own grey
     greys = [[20, 70], [120, 170]] if n_workers == 0 else [[20, 70]]
     tiles = video[0].shape[0] // 32, video[0].shape[1] // 32
     found = [int(video[0][32 * y + 16, 32 * x + 16].mean()) for y in range(tiles[0]) for x in range(tiles[1])]

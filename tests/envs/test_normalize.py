@@ -21,7 +21,7 @@ GAMMA = 0.9
 
 
 class Noise(gym.Env[Any, Any]):
-    """Observations and rewards are drawn at random. Remembers all that a VecEnv hands on of them."""
+    """Draws observations and rewards at random, and keeps those that its VecEnv returns."""
 
     def __init__(self, observation_space: spaces.Space[Any] = VECTOR) -> None:
         self.observation_space = observation_space
@@ -42,7 +42,7 @@ class Noise(gym.Env[Any, Any]):
         self.returns.append(self._return)
         obs = self._draw()
         if done:
-            self.seen.pop()  # the VecEnv hands the next episode's first observation on instead
+            self.seen.pop()  # the VecEnv returns the next episode's first observation instead
         return obs, reward, done, False, {}
 
     def _draw(self) -> Any:
@@ -55,24 +55,28 @@ class Noise(gym.Env[Any, Any]):
         return obs if isinstance(self.observation_space, spaces.Dict) else obs["far"]
 
     def forget(self) -> None:
-        """So that what the main process's copy has seen does not count."""
+        """Leave out what the main process's copy has seen."""
         self.seen.clear()
         self.returns.clear()
 
 
 class Seen(BaseCallback):
-    """All that the environments of the workers have seen, at the end of training."""
+    """Collects what the environments of the workers have seen, at the end of training."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         super().__init__()
         self.stop_at = stop_at
         self.obs: list[dict[str, Any]] = []
         self.returns: list[float] = []
+        self.rewards: list[float] = []  #: and these two as a callback sees them
+        self.new_obs: list[Any] = []
 
     def _on_training_start(self) -> None:
         self.training_env.env_method("forget")
 
     def _on_step(self) -> bool:
+        self.rewards.extend(self.locals["rewards"])
+        self.new_obs.append(self.locals["new_obs"])
         return self.n_calls != self.stop_at
 
     def _on_training_end(self) -> None:
@@ -99,33 +103,30 @@ def assert_statistics(actual: RunningMeanStd, expected: RunningMeanStd) -> None:
 
 
 def of_all(batches: list[npt.NDArray[Any]]) -> RunningMeanStd:
-    """What one sequential computation over all of them gives, from where VecNormalize begins."""
+    """Statistics of all batches, computed in one place."""
     statistic = RunningMeanStd(shape=batches[0].shape[1:])
     for batch in batches:
         statistic.update(batch)
     return statistic
 
 
-SETUPS = pytest.mark.parametrize(
-    ("n_workers", "vec_env"), [(0, DummyVecEnv), (2, DummyVecEnv), (0, SubprocVecEnv), (2, SubprocVecEnv)]
-)
+BOTH = pytest.mark.parametrize("n_workers", [0, 2])
 
 
-@SETUPS
+@pytest.mark.parametrize(("n_workers", "vec_env"), [(0, DummyVecEnv), (2, DummyVecEnv), (2, SubprocVecEnv)])
 def test_statistics_are_those_of_everything_seen(n_workers: int, vec_env: type[VecEnv], tmp_path: Path) -> None:
     env = VecNormalize(noise(4, vec_env=vec_env), gamma=GAMMA)
     seen = Seen()
-    model = A3C("MlpPolicy", env, n_workers=n_workers, n_steps=8).learn(1600, callback=seen)
-    assert model.num_timesteps == 1600
-    assert len(seen.obs) == 1600 + 4  # the steps, and the first reset of each environment
-    assert len(seen.returns) == 1600
-    first = of_all([seen.parts("far")])
-    assert_statistics(obs_rms(env), first)
+    model = A3C("MlpPolicy", env, n_workers=n_workers, n_steps=8).learn(640, callback=seen)
+    assert model.num_timesteps == 640
+    assert len(seen.obs) == 640 + 4  # the steps, and the first reset of each environment
+    assert len(seen.returns) == 640
+    assert_statistics(obs_rms(env), of_all([seen.parts("far")]))
     assert_statistics(env.ret_rms, of_all([np.array(seen.returns)]))
 
-    # a second call goes on, and what is saved is what was merged
+    # a second call continues, and what is saved is what was merged
     again = Seen()
-    model.learn(400, callback=again)
+    model.learn(160, callback=again)
     both = of_all([seen.parts("far"), again.parts("far")])
     assert_statistics(obs_rms(env), both)
     env.save(str(tmp_path / "statistics.pkl"))
@@ -137,8 +138,8 @@ def test_statistics_are_those_of_everything_seen(n_workers: int, vec_env: type[V
     env.close()
 
 
-@pytest.mark.parametrize("n_workers", [0, 2])
-def test_steps_of_a_rollout_that_was_cut_off_count_too(n_workers: int) -> None:
+@BOTH
+def test_steps_of_an_unfinished_rollout_count(n_workers: int) -> None:
     env = VecNormalize(noise(4), gamma=GAMMA)
     seen = Seen(stop_at=30)
     model = A3C("MlpPolicy", env, n_workers=n_workers, n_steps=50).learn(100_000, callback=seen)
@@ -147,76 +148,57 @@ def test_steps_of_a_rollout_that_was_cut_off_count_too(n_workers: int) -> None:
     assert_statistics(env.ret_rms, of_all([np.array(seen.returns)]))
 
 
-@pytest.mark.parametrize("n_workers", [0, 2])
-def test_dictionaries_are_normalised_by_key(n_workers: int) -> None:
-    env = VecNormalize(noise(4, DICT), gamma=GAMMA, norm_obs_keys=["near", "far"])
+@BOTH
+def test_dict_observations_without_norm_reward(n_workers: int) -> None:
+    env = VecNormalize(noise(4, DICT), gamma=GAMMA, norm_obs_keys=["near", "far"], norm_reward=False)
     seen = Seen()
     A3C("MultiInputPolicy", env, n_workers=n_workers).learn(800, callback=seen)
     assert isinstance(obs_rms(env), dict)
     assert obs_rms(env).keys() == {"near", "far"}
     for key, statistic in obs_rms(env).items():
         assert_statistics(statistic, of_all([seen.parts(key)]))
+    assert np.mean(seen.rewards) == pytest.approx(2.0, abs=0.2)
 
 
-@SETUPS
-def test_frozen_statistics_stay_as_they_are_and_are_used(n_workers: int, vec_env: type[VecEnv]) -> None:
-    env = VecNormalize(noise(4, vec_env=vec_env), gamma=GAMMA, training=False)
+@BOTH
+def test_frozen_statistics_are_used_unchanged(n_workers: int) -> None:
+    env = VecNormalize(noise(4), gamma=GAMMA, training=False)
     vars(env)["obs_rms"] = of_all([np.array([[5.0, -100.0, 0.5]] * 3 + [[6.0, -80.0, 0.6]] * 3)])
     env.ret_rms.var = np.array(16.0)
     before = (obs_rms(env).copy(), env.ret_rms.copy())
-    rows: list[tuple[Any, Any]] = []
-
-    def note(local: dict[str, Any], _: dict[str, Any]) -> bool:
-        rows.append((local["rewards"], local["new_obs"]))
-        return True
-
-    A3C("MlpPolicy", env, n_workers=n_workers, n_steps=10).learn(1000, callback=note)
+    seen = Seen()
+    A3C("MlpPolicy", env, n_workers=n_workers, n_steps=10).learn(1000, callback=seen)
     for statistic, old in zip((obs_rms(env), env.ret_rms), before, strict=True):
         np.testing.assert_array_equal(statistic.mean, old.mean)
         np.testing.assert_array_equal(statistic.var, old.var)
         assert statistic.count == old.count
     # rewards are drawn from N(2, 1), and divided by the root of 16
-    rewards = np.concatenate([reward for reward, _ in rows])
-    assert rewards.mean() == pytest.approx(0.5, abs=0.05)
-    assert rewards.std() == pytest.approx(0.25, abs=0.03)
-    obs = np.concatenate([new_obs for _, new_obs in rows[9::10]])
+    assert np.mean(seen.rewards) == pytest.approx(0.5, abs=0.05)
+    assert np.std(seen.rewards) == pytest.approx(0.25, abs=0.03)
+    obs = np.concatenate(seen.new_obs[9::10])  # at the ends of rollouts
     expected = (np.array([5.0, -100.0, 0.5]) - obs_rms(env).mean) / np.sqrt(obs_rms(env).var)
     np.testing.assert_allclose(obs.mean(axis=0), expected, atol=1.0)  # five standard errors
-    env.close()
 
 
-@pytest.mark.parametrize("n_workers", [0, 2])
-def test_without_norm_reward_callbacks_see_the_rewards_themselves(n_workers: int) -> None:
-    env = VecNormalize(noise(4), gamma=GAMMA, norm_reward=False)
-    rewards: list[float] = []
-
-    def note(local: dict[str, Any], _: dict[str, Any]) -> bool:
-        rewards.extend(local["rewards"])
-        return True
-
-    A3C("MlpPolicy", env, n_workers=n_workers).learn(800, callback=note)
-    assert np.mean(rewards) == pytest.approx(2.0, abs=0.2)
-
-
-@pytest.mark.parametrize("n_workers", [0, 2])
+@BOTH
 def test_a_callback_may_freeze_the_statistics(n_workers: int) -> None:
     env = VecNormalize(noise(4), gamma=GAMMA)
     counts: list[float] = []
 
     class Freeze(BaseCallback):
         def _on_step(self) -> bool:
-            if self.n_calls >= 50:
+            if self.n_calls >= 25:
                 env.training = False
             counts.append(obs_rms(env).count)
             return True
 
-    A3C("MlpPolicy", env, n_workers=n_workers, n_steps=5).learn(4000, callback=Freeze())
-    # a worker may be a few rollouts ahead, and hears of it at the end of the one it is in
-    assert 200 <= counts[-1] < 200 + 2 * 2 * 5 * 8
-    assert counts[-1] == counts[300]
+    A3C("MlpPolicy", env, n_workers=n_workers, n_steps=5).learn(1200, callback=Freeze())
+    # a worker may be a few rollouts ahead, and is told between two of them
+    assert 100 <= counts[-1] < 100 + 2 * 2 * 5 * 8
+    assert counts[-1] == counts[150]
 
 
-def test_below_another_wrapper_and_twice_in_a_stack() -> None:
+def test_two_vec_normalize_in_one_stack() -> None:
     inner = VecNormalize(noise(4), gamma=GAMMA, norm_obs=False)
     outer = VecNormalize(VecFrameStack(inner, 2), gamma=GAMMA, norm_reward=False)
     seen = Seen()
@@ -228,10 +210,10 @@ def test_below_another_wrapper_and_twice_in_a_stack() -> None:
     assert_statistics(inner.ret_rms, of_all([np.array(seen.returns)]))
 
 
-# --- by hand --------------------------------------------------------------------------------------------------------
+# --- without training -----------------------------------------------------------------------------------------------
 
 
-def test_news_are_exact_are_taken_once_and_do_not_come_back() -> None:
+def test_deltas_are_exact_and_reported_once() -> None:
     user, first, second = (VecNormalize(noise(2)) for _ in range(3))
     for worker in (first, second):
         record_deltas(worker)
@@ -251,16 +233,16 @@ def test_news_are_exact_are_taken_once_and_do_not_come_back() -> None:
         waiting += deltas[1].count
         merger.merge(0, deltas)
         merge_deltas(other, deltas)
-        assert all(new.count == 0 for new in pop_deltas(worker))  # also those of others are no deltas
+        assert all(new.count == 0 for new in pop_deltas(worker))  # deltas of others are not recorded
     expected = of_all(batches)
     for env in (user, first, second):
         assert_statistics(obs_rms(env), expected)
-        assert env.ret_rms.count == 1e-4  # of no rewards, no deltas
+        assert env.ret_rms.count == 1e-4  # there were no rewards
     assert [merger.pop(worker)[1].count for worker in (0, 1, 1)] == [0, waiting, 0]
     assert 0 < waiting < 40
 
 
-def test_options_go_from_one_stack_to_another() -> None:
+def test_options_are_copied_from_one_stack_to_another() -> None:
     one, other = (VecFrameStack(VecNormalize(noise(2)), 2) for _ in range(2))
     assert isinstance(one.venv, VecNormalize)
     one.venv.training, one.venv.clip_obs = False, 3.0

@@ -1,10 +1,11 @@
-"""A SubprocVecEnv that workers have driven: the user's again, also when a worker died in the middle of a step."""
+"""A SubprocVecEnv that was lent to workers can be used again, also when a worker died in the middle of a step."""
 
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import gymnasium as gym
@@ -19,7 +20,7 @@ from sb3_a3c.workers import collector
 
 
 class Slow(gym.Env[Any, Any]):
-    """Observes the number of its steps, and takes its time for them."""
+    """Observes the number of its steps, each of which takes ``seconds``."""
 
     def __init__(self, seconds: float) -> None:
         self.observation_space = spaces.Box(0, np.inf, (1,))
@@ -37,8 +38,12 @@ class Slow(gym.Env[Any, Any]):
         return np.full(1, self.t, dtype=np.float32), 0.0, False, False, {}
 
 
-@pytest.fixture
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(scope="module")
 def env() -> Iterator[SubprocVecEnv]:
+    """One for several tests, each of which has to leave it usable."""
     env = SubprocVecEnv([lambda: Slow(0.3)] * 4)
     yield env
     env.close()
@@ -53,8 +58,7 @@ def interrupt(*_: Any) -> bool:
     raise KeyboardInterrupt
 
 
-@pytest.mark.timeout(60)
-def test_after_a_worker_died_in_mid_step_the_environments_are_in_step_again(env: SubprocVecEnv) -> None:
+def test_usable_after_a_worker_was_killed_in_a_step(env: SubprocVecEnv) -> None:
     model = A3C("MlpPolicy", env, n_workers=2, n_steps=2)
     with pytest.raises(WorkerDiedError, match="Worker 1 was killed by SIGKILL"):
         model.learn(1000, callback=kill_second_worker)
@@ -66,23 +70,17 @@ def test_after_a_worker_died_in_mid_step_the_environments_are_in_step_again(env:
     assert model.num_timesteps == 8
 
 
-@pytest.mark.timeout(60)
-def test_a_worker_that_is_stopped_in_mid_step_may_finish_it(env: SubprocVecEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_is_stopped_finishes_its_step(env: SubprocVecEnv, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collector, "STOP_SECONDS", 0.01)
     model = A3C("MlpPolicy", env, n_workers=2, n_steps=2)
-    for callback in (lambda *_: False, interrupt):
-        if callback is interrupt:
-            with pytest.raises(KeyboardInterrupt):
-                model.learn(1000, callback=interrupt)
-        else:
+    for callback, outcome in ((lambda *_: False, nullcontext()), (interrupt, pytest.raises(KeyboardInterrupt))):
+        with outcome:
             model.learn(1000, callback=callback)
-        for pipe in env.remotes:
-            assert not pipe.poll()
+        assert not any(pipe.poll() for pipe in env.remotes)
         assert env.reset().tolist() == [[0]] * 4  # type: ignore[union-attr]
 
 
-@pytest.mark.timeout(60)
-def test_after_ctrl_c_in_a_step_of_this_process_the_environments_are_in_step_again(env: SubprocVecEnv) -> None:
+def test_usable_after_ctrl_c_in_a_step_of_the_main_process(env: SubprocVecEnv) -> None:
     model = A3C("MlpPolicy", env, n_workers=0, n_steps=2)
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))  # three steps take 0.9 s, the fourth until 1.2
     timer.start()
@@ -92,7 +90,7 @@ def test_after_ctrl_c_in_a_step_of_this_process_the_environments_are_in_step_aga
     assert env.reset().tolist() == [[0]] * 4  # type: ignore[union-attr]
 
 
-def test_ctrl_c_interrupts_the_first_reset_of_this_process() -> None:
+def test_ctrl_c_interrupts_the_first_reset_in_the_main_process() -> None:
     class Reluctant(Slow):
         def reset(self, **kwargs: Any) -> Any:
             time.sleep(20)
@@ -106,28 +104,26 @@ def test_ctrl_c_interrupts_the_first_reset_of_this_process() -> None:
     assert time.monotonic() - began < 10
 
 
-@pytest.mark.timeout(60)
-def test_what_does_not_answer_any_more_is_named(env: SubprocVecEnv, monkeypatch: pytest.MonkeyPatch) -> None:
-    env.env_method("set_wrapper_attr", "seconds", 2.0, indices=[3])
-    monkeypatch.setattr(subproc, "TAKE_BACK_SECONDS", 0.5)
-    env.reset()
-    env.remotes[3].send(("step", 0))
-    env.processes[2].kill()
-    env.processes[2].join()
-    with pytest.warns(UserWarning, match=r"environments \[2, 3\] do not answer any more.*make a new one"):
-        subproc.take_back(env, range(4))
-    assert env.get_attr("seconds", indices=[0, 1]) == [0.3] * 2
-    env.processes[3].join(0.1)
-    env.remotes = env.remotes[:2]  # close() would wait for those that are gone
-    for process in env.processes[2:]:
-        process.kill()
-
-
-@pytest.mark.timeout(60)
-def test_a_lent_one_never_closes_the_processes(env: SubprocVecEnv) -> None:
+def test_closing_a_lent_env_leaves_the_processes_running(env: SubprocVecEnv) -> None:
     share = subproc.lend(env, [1, 2])
     assert share.num_envs == 2
     assert share.reset().shape == (2, 1)  # type: ignore[union-attr]
     share.close()
     assert all(process.is_alive() for process in env.processes)
     assert env.get_attr("t") == [0] * 4
+
+
+def test_environments_that_do_not_answer_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = SubprocVecEnv([lambda: Slow(2.0)] * 3)
+    monkeypatch.setattr(subproc, "TAKE_BACK_SECONDS", 0.5)
+    env.reset()
+    env.remotes[2].send(("step", 0))
+    env.processes[1].kill()
+    env.processes[1].join()
+    with pytest.warns(UserWarning, match=r"environments \[1, 2\] do not answer any more.*make a new one"):
+        subproc.take_back(env, range(3))
+    assert env.get_attr("t", indices=[0]) == [0]
+    env.remotes = env.remotes[:1]  # close() would wait for those that are gone
+    for process in env.processes[1:]:
+        process.kill()
+    env.close()
