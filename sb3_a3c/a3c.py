@@ -1,4 +1,4 @@
-"""The algorithm class: what the user types."""
+"""The algorithm class :class:`A3C`."""
 
 import io
 from collections.abc import Iterable
@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import gymnasium as gym
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -21,7 +22,7 @@ from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.actor_learner.config import Hyperparams
-from sb3_a3c.arguments import check_arguments, check_device, check_policy, check_spaces, check_workers
+from sb3_a3c.arguments import check_arguments, check_device, check_observation_space, check_policy, check_workers
 from sb3_a3c.envs.sharding import clone_env
 from sb3_a3c.envs.wrapper_state import pending_options, pending_seeds, unobserved
 from sb3_a3c.policies.lstm_policies import (
@@ -33,9 +34,10 @@ from sb3_a3c.policies.lstm_policies import (
     MultiInputPolicy,
 )
 from sb3_a3c.processes.signals import uninterrupted
-from sb3_a3c.save_util import check_archive, write_whole
+from sb3_a3c.save_util import atomic_write, check_archive
 from sb3_a3c.store.finite import check_finite
 from sb3_a3c.store.optimizer_state import check_optimizer
+from sb3_a3c.workers.assignment import Assignment
 from sb3_a3c.workers.collector import HogwildCollector
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
@@ -49,30 +51,31 @@ class A3C(OnPolicyAlgorithm):
     Paper: https://arxiv.org/abs/1602.01783 (Algorithm S3). Ancestor: baby-a3c, https://github.com/greydanus/baby-a3c,
     whose network and hyper-parameters are the defaults.
 
-    Worker processes act in their own environments and push gradients into shared parameters, without waiting for each
-    other. A timestep is one decision of the agent in one environment (with frame skip: several emulator frames).
+    Worker processes act in their own environments and push gradients to shared parameters without waiting for each
+    other. A timestep is one action in one environment (with frame skip: several emulator frames).
 
     :param policy: The policy model to use (MlpLstmPolicy, CnnLstmPolicy, MlpPolicy, CnnPolicy, ...)
-    :param env: The environment to learn from (if registered in Gym, can be str). A single environment or id is one
-        environment; with ``n_workers=k`` it is cloned to k
+    :param env: The environment to learn from (if registered in Gym, can be str). A single environment or id stays one
+        environment, unless ``n_workers=k`` makes k copies of it
     :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0), which
         counts the timesteps of all workers
-    :param n_steps: The number of steps of each rollout and environment, t_max of the paper
+    :param n_steps: The number of steps of each rollout and environment (t_max in the paper)
     :param gamma: Discount factor
     :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator.
         Equivalent to the paper's n-step advantage when set to 1.
-    :param ent_coef: Entropy coefficient for the loss calculation, β of the paper
-    :param vf_coef: Value function coefficient for the loss calculation; it weighs *half* the squared error
-    :param max_grad_norm: The maximum norm of a gradient; the loss is a sum over time, so this is larger than in A2C
+    :param ent_coef: Entropy coefficient for the loss calculation (β in the paper)
+    :param vf_coef: Value function coefficient for the loss calculation, which uses *half* the squared error
+    :param max_grad_norm: The maximum value for the gradient clipping. The loss is a sum over time, not a mean as in A2C, so
+        gradients are larger
     :param rms_prop_eps: RMSProp epsilon. It stabilizes square root computation in denominator of RMSProp update
-    :param use_rms_prop: Whether to use shared RMSprop, as the paper, or shared Adam (default), as baby-a3c
+    :param use_rms_prop: Whether to use shared RMSprop as in the paper, or shared Adam (default) as in baby-a3c
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE)
         instead of action noise exploration (default: False)
     :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE
         Default: -1 (only sample at the beginning of the rollout)
-    :param rollout_buffer_class: must be None: workers keep their rollouts to themselves
-    :param rollout_buffer_kwargs: must be None
-    :param normalize_advantage: Whether to normalize the advantage, over each chunk of environments
+    :param rollout_buffer_class: Must be None, A3C has no rollout buffer
+    :param rollout_buffer_kwargs: Must be None
+    :param normalize_advantage: Whether to normalize the advantage (over each chunk of ``envs_per_update`` environments)
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -80,20 +83,20 @@ class A3C(OnPolicyAlgorithm):
     :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
         debug messages
     :param seed: Seed for the pseudo random generators
-    :param device: "auto" and "cpu" are the CPU
+    :param device: "cpu" or "auto", which is the CPU too
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
-    :param n_workers: Number of worker processes, among which the environments are dealt. None: one for each core, at most
-        one for each environment. 0: the same in this process, for debuggers
-    :param envs_per_update: A rollout is learned from in chunks of this many environments, with an update of the shared
-        parameters after each: small chunks mean many updates, large ones less time for each step
-    :param take_turns: Workers pull, act and push one after another, in a fixed order: slow, but two runs with the same
-        seed and several workers are identical to the bit
-    :param start_method: "forkserver" or "spawn", see ``multiprocessing``. None: the first that the platform has
-    :param max_worker_restarts: So many times in a call of ``learn`` a worker that was killed (out of memory, a crash in C
-        code) or that hangs is replaced. One that drove a ``SubprocVecEnv`` is not
+    :param n_workers: Number of worker processes; the environments are divided evenly among them. None: one for each core,
+        at most one for each environment. 0: train in this process, for debugging
+    :param envs_per_update: Number of environments in each chunk of a rollout; every chunk makes one update of the shared
+        parameters. Small chunks mean many updates, large ones less time per step
+    :param take_turns: Whether workers pull, act and push one after another, in a fixed order. Slow, but runs with the same
+        seed and several workers are bit-identical
+    :param start_method: "forkserver" or "spawn", see ``multiprocessing``. None: "forkserver" where the platform has it
+    :param max_worker_restarts: Number of workers that may be replaced in one call of ``learn`` because they were killed
+        (out of memory, a crash in C code) or hang. A worker of a ``SubprocVecEnv`` is never replaced
     :param worker_timeout: Seconds that a worker may take for one step of its environments, or for learning from a rollout,
-        before it counts as hung and is killed. None: as long as it likes
-    :raises ValueError: for arguments that can't be used, before any process starts
+        before it counts as hung and is killed. None: no limit
+    :raises ValueError: for bad arguments, before any worker process starts
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -172,23 +175,23 @@ class A3C(OnPolicyAlgorithm):
             policy_kwargs=policy_kwargs,
             verbose=verbose,
             device=check_device(device, verbose),
-            seed=seed,
+            seed=None if seed is None else int(seed),
             _init_setup_model=False,
+            supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
         )
         if _init_setup_model:
             self._setup_model()
-            if self.env is not None:  # in a loaded model not before `learn`: whoever only predicts needs no workers
+            if self.env is not None:  # `load` does without: predictions need no workers
                 check_workers(self.env, self.n_workers)
 
     def _setup_model(self) -> None:
-        check_policy(self.policy_class)
-        vars(self).pop("lr_schedule", None)  # a loaded one: `learning_rate` counts
-        self._check_arguments()
-        spaces = (getattr(self, "observation_space", None), getattr(self, "action_space", None))  # absent without env
-        check_spaces(*spaces, self.policy_class)
+        check_arguments(vars(self))  # in a loaded model they may differ from the constructor's
+        check_observation_space(getattr(self, "observation_space", None), self.policy_class)
+        if not callable(self.learning_rate):
+            self.learning_rate = float(self.learning_rate)  # SB3 does not take numpy's float32
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
-        kwargs = dict(self.policy_kwargs)
+        kwargs = {**self.policy_kwargs}
         if "optimizer_class" not in kwargs:
             kwargs["optimizer_class"] = th.optim.RMSprop if self.use_rms_prop else th.optim.Adam
             options = kwargs.get("optimizer_kwargs") or {}
@@ -204,10 +207,6 @@ class A3C(OnPolicyAlgorithm):
         self.rollout_buffer = None  # type: ignore[assignment]
         check_optimizer(self.policy.optimizer)
 
-    def _check_arguments(self) -> None:
-        """Also those that were loaded, or changed since the constructor."""
-        vars(self).update(check_arguments(vars(self)))
-
     def _hyperparams(self) -> Hyperparams:
         return Hyperparams(*_hyperparam_values(self))
 
@@ -221,24 +220,25 @@ class A3C(OnPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> SelfA3C:
         """
-        Return a trained model. Each call begins new episodes. Whatever ends it (an exception, Ctrl-C), the model has all
+        Return a trained model. Each call starts new episodes. After an exception or Ctrl-C, too, the model has everything
         that was learned.
 
-        :param total_timesteps: The total number of timesteps (agent steps, over all workers); exceeded by at most one
-            rollout for each worker
+        :param total_timesteps: The total number of timesteps (agent steps, over all workers). It is exceeded by
+            at most one rollout per worker
         :param callback: callback(s) called once every ``n_envs`` timesteps with state of the algorithm
-        :param log_interval: number of iterations (``n_steps * n_envs`` timesteps each) between two logs
+        :param log_interval: number of iterations (of ``n_steps * n_envs`` timesteps) before logging
         :param tb_log_name: the name of the run for TensorBoard logging
         :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
         :param progress_bar: Display a progress bar using tqdm and rich.
         :return: the trained model
-        :raises ValueError: before any process starts, if the environments can't be trained on as asked
-        :raises RuntimeError: if the model is learning already
+        :raises ValueError: before any worker process starts, if the model has no environment or an argument was changed to
+            a bad value; or if a callback does so
+        :raises RuntimeError: if called by a callback of the same model
         :raises WorkerDiedError: if a worker process died and could not be replaced
         :raises Exception: what an environment or the policy raised in a worker
         """
         if self._collector is not None:
-            raise RuntimeError("This model is learning already. End that call of `learn` first: a callback does by False.")
+            raise RuntimeError("This model is already learning. A callback ends a call of `learn` by returning False.")
         try:
             return super().learn(
                 int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
@@ -254,7 +254,7 @@ class A3C(OnPolicyAlgorithm):
             raise ValueError(
                 "The model has no environment to learn from: call `set_env(env)` or `load(path, env=env)` first."
             )
-        self._check_arguments()
+        check_arguments(vars(self))
         check_workers(self.env, self.n_workers)
         self._base_seed = int(np.random.randint(2**31))
         self._pending_env_seeds, self._pending_env_options = pending_seeds(self.env), pending_options(self.env)
@@ -271,17 +271,21 @@ class A3C(OnPolicyAlgorithm):
 
     def _start_workers(self, env: VecEnv) -> HogwildCollector:
         assert self._last_obs is not None
-        self._check_arguments()  # a callback may have changed them at the start of training
+        check_arguments(vars(self))  # a callback may have changed them at the start of training
         self._n_updates_at_start = self._n_updates
-        return HogwildCollector(
-            self.policy,
+        assignment = Assignment(
             env,
-            self._last_obs,
+            self.policy,
             self._hyperparams(),
             self.n_workers,
-            seed=self._base_seed,
-            env_seeds=self._pending_env_seeds,
-            env_options=self._pending_env_options,
+            self._base_seed,
+            self._pending_env_seeds,
+            self._pending_env_options,
+        )
+        return HogwildCollector(
+            assignment,
+            self.policy,
+            self._last_obs,
             steps_before=self.num_timesteps,
             total_steps=self._total_timesteps,
             start_method=self.start_method,
@@ -290,19 +294,20 @@ class A3C(OnPolicyAlgorithm):
         )
 
     def _stop_workers(self) -> None:
-        """Take back what was learned, and leave no process behind."""
+        """End all worker processes and copy parameters and optimizer state into the model."""
         if self._collector is None:
             return
-        with uninterrupted() as hurry:  # a second Ctrl-C makes it faster
+        with uninterrupted() as hurry:  # set by a second Ctrl-C
             collector, self._collector = self._collector, None
             try:
                 collector.stop(hurry)
             finally:
                 self._take_over(collector)
                 collector.store.fetch_optimizer(self.policy)
+                collector.store.close()
 
     def _take_over(self, collector: HogwildCollector) -> None:
-        """Count what no callback has seen (the remainder, and what came after False), and follow what was learned."""
+        """Count the transitions that no callback has seen (the remainder, or those after False), and fetch the policy."""
         with uninterrupted():
             infos, dones = collector.take_leftovers()
             self.num_timesteps += len(infos)
@@ -310,7 +315,7 @@ class A3C(OnPolicyAlgorithm):
         self._fetch(collector)
 
     def _fetch(self, collector: HogwildCollector) -> None:
-        """The private policy follows the shared parameters."""
+        """Copy the shared parameters and the number of updates into the model."""
         collector.store.fetch_policy(self.policy)
         if self.use_sde:
             self.policy.reset_noise(self.n_envs)
@@ -324,17 +329,13 @@ class A3C(OnPolicyAlgorithm):
         n_rollout_steps: int,
     ) -> bool:
         """
-        Hand what the workers did to the callback, until each environment has made ``n_rollout_steps`` steps on average.
-        The workers learn meanwhile; the last call of ``learn`` waits for them to finish.
+        Pass the workers' transitions to the callback, until each environment has made ``n_rollout_steps`` steps on average.
+        The workers learn meanwhile; the last call in ``learn`` waits for their last rollouts. ``rollout_buffer`` is unused.
 
-        :param env: The training environment
-        :param callback: Callback that will be called once every ``n_envs`` timesteps
-        :param rollout_buffer: not used
-        :param n_rollout_steps: Number of steps per environment
         :return: False if callback terminated the training prematurely.
         """
         if self._collector is None:
-            with uninterrupted():  # once they run, `learn` must know of them
+            with uninterrupted():  # once workers run, `learn` must be able to stop them
                 self._collector = self._start_workers(env)
         callback.on_rollout_start()
         n_steps, is_over = 0, False
@@ -343,42 +344,42 @@ class A3C(OnPolicyAlgorithm):
             if is_over:
                 self._take_over(self._collector)
                 break
-            with uninterrupted():  # what is taken is counted
+            with uninterrupted():  # a step that was taken is counted
                 rewards, dones, infos, actions, new_obs = self._collector.take_step()
                 self.num_timesteps += env.num_envs
             callback.update_locals(locals())
-            go_on = callback.on_step()
+            should_continue = callback.on_step()
             self._update_info_buffer(infos, dones)
-            if not go_on:
+            if not should_continue:
                 self._collector.drain()
                 self._take_over(self._collector)
                 return False
-            self._pass_changes_on()
+            self._update_workers()
             n_steps += 1
         callback.update_locals(locals())
         callback.on_rollout_end()
-        return not is_over or self.num_timesteps >= self._total_timesteps  # less if a report was lost: SB3 must not go on
+        # with fewer timesteps, because a report was lost, False ends SB3's loop
+        return not is_over or self.num_timesteps >= self._total_timesteps
 
-    def _pass_changes_on(self) -> None:
-        """A callback may have changed hyper-parameters."""
+    def _update_workers(self) -> None:
+        """Send hyper-parameters that a callback has changed to the workers."""
         assert self._collector is not None
         hyperparams = self._hyperparams()
         if hyperparams != self._collector.hyperparams:
-            self._check_arguments()
-            hyperparams = self._hyperparams()
+            check_arguments(vars(self))
             if hyperparams.take_turns != self._collector.hyperparams.take_turns:
                 raise ValueError("`take_turns` can't be changed while workers run: set it before `learn`.")
         self._collector.update_hyperparams(hyperparams)
 
     def train(self) -> None:
-        """Take over what the workers have learned so far; the gradient steps themselves are theirs."""
+        """Fetch what the workers have learned so far; they make the gradient steps."""
         assert self._collector is not None
         self._fetch(self._collector)
         update_learning_rate(self.policy.optimizer, self.lr_schedule(self._current_progress_remaining))
 
     def dump_logs(self, iteration: int = 0) -> None:
         """
-        Write log. The figures of training are means over the time since the last one.
+        Write log. Values under ``train/`` are means over the time since the last log.
 
         :param iteration: Current logging iteration
         """
@@ -400,8 +401,8 @@ class A3C(OnPolicyAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """
-        Save all the attributes of the object and the model parameters in a zip-file. A file that is there already is
-        replaced once the new one is complete, and is whole until then.
+        Save all the attributes of the object and the model parameters in a zip-file. An existing file is replaced
+        atomically: after a crash or a kill there is either the old file or the new one.
 
         :param path: path to the file where the rl agent should be saved, or a file
         :param exclude: name of parameters that should be excluded in addition to the default ones
@@ -409,7 +410,7 @@ class A3C(OnPolicyAlgorithm):
         """
         save = super().save
         if isinstance(path, str | Path):
-            write_whole(path, lambda file: save(file, exclude, include))
+            atomic_write(path, lambda file: save(file, exclude, include))
         else:
             save(path, exclude, include)
 
@@ -425,8 +426,8 @@ class A3C(OnPolicyAlgorithm):
         **kwargs: Any,
     ) -> SelfA3C:
         """
-        Load the model from a zip-file. Parts of it are pickled, and a pickle can do anything when it is loaded: take files
-        only from those whose programs you would run.
+        Load the model from a zip-file. Parts of it are pickled, and unpickling can run any code: load only files that you
+        trust.
 
         :param path: path to the file (or a file-like) where to load the agent from
         :param env: the new environment to run the loaded model on
@@ -437,16 +438,16 @@ class A3C(OnPolicyAlgorithm):
         :param force_reset: Force call to ``reset()`` before training
         :param kwargs: extra arguments to change the model when loading
         :return: new model instance with loaded parameters
-        :raises ValueError: if the file is damaged or another algorithm's, or what it holds can't be used
+        :raises ValueError: if the file is damaged or was saved by another algorithm, or if an argument is bad
         """
         check_archive(path, own_argument="envs_per_update")
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
         """
-        Return the parameters of the agent; while workers run, with the optimizer's moments of this moment.
+        Return the parameters of the agent; while workers run, with the current state of the shared optimizer.
 
-        :return: Mapping of from names of the objects to PyTorch state-dicts.
+        :return: Mapping from names of the objects to PyTorch state-dicts.
         """
         if self._collector is not None:
             self._collector.store.fetch_optimizer(self.policy)
@@ -457,8 +458,8 @@ class A3C(OnPolicyAlgorithm):
         self, load_path_or_dict: str | dict[str, Any], exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         """
-        Load parameters from a given zip-file or a nested dictionary containing parameters for different modules. While
-        workers run, they go on with these; gradients that are on their way are still applied.
+        Load parameters from a given zip-file or a nested dictionary containing parameters for different modules. Running
+        workers continue from these; gradients that they are computing from older parameters are still applied.
 
         :param load_path_or_dict: Location of the saved data (path or file-like, see ``save``), or a nested dictionary
             containing nn.Module parameters used by the policy, as :meth:`get_parameters` returns it
@@ -473,11 +474,11 @@ class A3C(OnPolicyAlgorithm):
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """
-        Set the environment to learn from, as in Stable-Baselines3.
+        Set the environment to learn from, see Stable-Baselines3.
 
         :param env: The environment for learning a policy
         :param force_reset: Force call to ``reset()`` before training
-        :raises RuntimeError: while workers run, in other environments
+        :raises RuntimeError: if called by a callback while workers learn in other environments
         """
         if self._collector is not None:
             raise RuntimeError("A3C's workers are learning in the environments they have. Call `set_env` after `learn`.")
@@ -488,7 +489,9 @@ class A3C(OnPolicyAlgorithm):
 
 
 def _make_env(env: GymEnv | str, n_workers: int | None, verbose: int) -> GymEnv:
-    """An id or a single environment is one environment; only an explicit number of workers makes more of it."""
+    """An id or a single environment stays one environment, unless an explicit number of workers makes copies of it."""
+    if isinstance(env, type):
+        raise ValueError(f"`env` must be an environment, or the id of one, not the class {env.__name__}.")
     n_envs = int(n_workers or 1)
     if isinstance(env, str):
         try:

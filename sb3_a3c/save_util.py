@@ -1,4 +1,4 @@
-"""Files of saved models: written whole or not at all, and looked at before anything is made of them."""
+"""Files of saved models: written atomically, and checked before they are loaded."""
 
 import contextlib
 import io
@@ -8,25 +8,25 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-#: What SB3 puts into a model's file.
+#: Members of a model's zip-file.
 _MEMBERS = ("data", "policy.pth", "policy.optimizer.pth")
 
 
-def write_whole(path: str | Path, save: Callable[[io.BytesIO], None]) -> None:
+def atomic_write(path: str | Path, save: Callable[[io.BytesIO], None]) -> None:
     """
-    Write a file so that, whatever happens meanwhile, there is the old one or the new one and never half of one.
+    Write a file atomically: after an error, a kill or a power failure there is the old file or the complete new one.
 
-    :param path: the file; as in Stable-Baselines3 it becomes a ``.zip`` if it has no suffix, and its folder is made
-    :param save: writes the content
+    :param path: the file; as in Stable-Baselines3, ``.zip`` is appended if it has no suffix, and its folder is created
+    :param save: writes the content to a buffer
     """
     path = Path(path)
     if path.suffix == "":
         path = Path(f"{path}.zip")
-    path = path.resolve()  # a link stays one
+    path = path.resolve()  # a symbolic link is kept
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     save(content)
-    if path.exists() and not path.is_file():  # devices and pipes can't be exchanged for a file; folders raise
+    if path.exists() and not path.is_file():  # a device or pipe must not be replaced by a file; a folder raises
         path.write_bytes(content.getbuffer())
         return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -34,7 +34,7 @@ def write_whole(path: str | Path, save: Callable[[io.BytesIO], None]) -> None:
         with part.open("wb") as file:
             file.write(content.getbuffer())
             file.flush()
-            os.fsync(file.fileno())  # or, after a power failure, the new name might stand for an empty file
+            os.fsync(file.fileno())  # else the file might be empty after a power failure
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -42,9 +42,11 @@ def write_whole(path: str | Path, save: Callable[[io.BytesIO], None]) -> None:
 
 def check_archive(path: str | Path | io.BufferedIOBase, own_argument: str) -> None:
     """
-    :param path: of a saved model, as ``load`` takes it; what does not exist is left to Stable-Baselines3
+    Check that a file is a saved model, undamaged, and of this algorithm. SB3 raises the error for a missing file.
+
+    :param path: as ``load`` takes it
     :param own_argument: a constructor argument that only this algorithm has
-    :raises ValueError: if that is no file of a model, a damaged one, or one of another algorithm
+    :raises ValueError: if it is not
     """
     advice = "Use another checkpoint, or the file that `save` has written."
     with contextlib.ExitStack() as stack:
@@ -59,9 +61,9 @@ def check_archive(path: str | Path | io.BufferedIOBase, own_argument: str) -> No
             stack.callback(file.seek, file.tell())
         try:
             archive = stack.enter_context(zipfile.ZipFile(file))
-            damaged = archive.testzip()  # compares check sums
+            damaged = archive.testzip()  # compares checksums
             attributes = json.loads(archive.read("data")) if damaged is None and "data" in archive.namelist() else {}
-        except Exception as error:  # of many kinds: whatever the bytes in a wrong place happen to mean
+        except Exception as error:  # wrong bytes raise errors of many types
             raise ValueError(f"{path} is not the file of a saved model, or it is damaged ({error}). {advice}") from error
         missing = [name for name in _MEMBERS if name not in archive.namelist()]
     if damaged is not None or missing:

@@ -1,4 +1,4 @@
-"""Errors: their families, and that they survive the journey from a worker."""
+"""A3C's exceptions: base classes, and pickling."""
 
 import pickle
 
@@ -15,6 +15,6 @@ def test_all_are_a3c_errors_and_can_be_pickled(kind: type[A3CError]) -> None:
     assert "what happened" in str(error)
 
 
-def test_families_that_other_code_relies_on() -> None:
+def test_builtin_base_classes() -> None:
     assert issubclass(DivergenceError, ValueError)  # RL Zoo prunes a trial on these
     assert issubclass(WorkerDiedError, RuntimeError)

@@ -1,11 +1,10 @@
-"""Runs that are killed at any moment, and go on from what is whole of the files they left."""
+"""Resuming runs, also those that were killed: models, statistics, evaluations, monitor files, and the Atari example."""
 
 import argparse
 import contextlib
 import json
 import os
 import pickle
-import re
 import runpy
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_a3c import A3C, resume
+from sb3_a3c import A3C
 from sb3_a3c.resume import (
     carry_over_monitor_files,
     continue_evaluations,
@@ -30,7 +29,6 @@ from sb3_a3c.resume import (
     save_with_statistics,
     statistics_path,
 )
-from sb3_a3c.save_util import write_whole
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "train_atari.py"
 
@@ -46,7 +44,7 @@ def normalized() -> Iterator[VecEnv]:
 
 @pytest.fixture
 def run_folder(tmp_path: Path, normalized: VecEnv) -> Path:
-    """Checkpoints with statistics after 40, 80 and 120 timesteps, and a best model without them."""
+    """Checkpoints with statistics after 40, 80 and 120 timesteps; a best model without them, after 60."""
     folder = tmp_path / "run"
     model = A3C("MlpPolicy", normalized, n_steps=5, n_workers=0, seed=1, policy_kwargs=dict(net_arch=[8]))
     model.learn(120, CheckpointCallback(20, str(folder / "checkpoints"), "a3c", save_vecnormalize=True))
@@ -71,7 +69,7 @@ def test_statistics_are_where_callbacks_save_them(run_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("with_statistics", [False, True])
-def test_newest_is_what_was_trained_longest(with_statistics: bool, run_folder: Path, tmp_path: Path) -> None:
+def test_newest_model_was_trained_longest(with_statistics: bool, run_folder: Path, tmp_path: Path) -> None:
     os.utime(run_folder / "best_model.zip")
     os.utime(checkpoint(run_folder, 40))
     assert newest_model(run_folder, with_statistics) == checkpoint(run_folder, 120)
@@ -79,64 +77,58 @@ def test_newest_is_what_was_trained_longest(with_statistics: bool, run_folder: P
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
-def test_models_that_are_cut_off_are_passed_over(share: float, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cut(checkpoint(run_folder, 120), share)
-    assert newest_model(run_folder) == checkpoint(run_folder, 80)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"Passed over: {checkpoint(run_folder, 120)} ")
-    cut(checkpoint(run_folder, 80), share)
-    assert newest_model(run_folder) == run_folder / "best_model.zip"
-    cut(run_folder / "best_model.zip", share)
-    assert newest_model(run_folder) == checkpoint(run_folder, 40)
-    cut(checkpoint(run_folder, 40), share)
+def test_truncated_models_are_skipped(share: float, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = [
+        checkpoint(run_folder, 120),
+        checkpoint(run_folder, 80),
+        run_folder / "best_model.zip",
+        checkpoint(run_folder, 40),
+    ]
+    for i, model in enumerate(models):
+        assert newest_model(run_folder) == model
+        lines = capsys.readouterr().out.splitlines()
+        assert sorted(line.split(":")[0] for line in lines) == sorted(f"Skipping {skipped}" for skipped in models[:i])
+        cut(model, share)
     assert newest_model(run_folder) is None
 
 
-def test_one_wrong_byte(run_folder: Path) -> None:
+def test_other_damaged_models_are_skipped(run_folder: Path, normalized: VecEnv, capsys: pytest.CaptureFixture[str]) -> None:
+    model = A3C("MlpPolicy", normalized, n_workers=0, policy_kwargs=dict(net_arch=[8]))
+    model.policy_kwargs = dict(net_arch=[4])  # the weights do not fit
+    model.num_timesteps = 1000
+    model.save(run_folder / "odd")
+    assert newest_model(run_folder) == checkpoint(run_folder, 120)
+    assert f"Skipping {run_folder / 'odd.zip'}: odd.zip can't be loaded (" in capsys.readouterr().out
+
     content = bytearray(checkpoint(run_folder, 120).read_bytes())
     content[len(content) // 2] ^= 1
     checkpoint(run_folder, 120).write_bytes(content)
     assert newest_model(run_folder) == checkpoint(run_folder, 80)
 
+    unfinished = checkpoint(run_folder, 80)  # as a killed save leaves it
+    unfinished.rename(unfinished.with_name(f".{unfinished.name}.123.part"))
+    assert newest_model(run_folder) == run_folder / "best_model.zip"
 
-def test_statistics_are_a_part_of_the_model(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    damaged = statistics_path(checkpoint(run_folder, 120))
-    for share in (0.99, 0.5, 0.0):
-        cut(damaged, share)
+
+def test_models_with_damaged_statistics_are_skipped(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    newest = checkpoint(run_folder, 120)
+    statistics = statistics_path(newest)
+    for damage in (lambda: cut(statistics, 0.99), lambda: cut(statistics, 0.0), statistics.unlink):
+        damage()
         assert newest_model(run_folder, with_statistics=True) == checkpoint(run_folder, 80)
-        assert re.match(f"Passed over: {damaged} .*damaged", capsys.readouterr().out)
-    damaged.unlink()
-    assert newest_model(run_folder, with_statistics=True) == checkpoint(run_folder, 80)
-    assert re.match(f"Passed over: {damaged}.*is missing", capsys.readouterr().out)
-    statistics_path(checkpoint(run_folder, 80)).write_bytes(pickle.dumps("other"))
-    assert newest_model(run_folder, with_statistics=True) == checkpoint(run_folder, 40)  # not the best, which has none
-    assert newest_model(run_folder) == checkpoint(run_folder, 120)
-
-
-def test_a_model_that_does_not_fit_together(
-    run_folder: Path, normalized: VecEnv, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = A3C("MlpPolicy", normalized, n_workers=0, policy_kwargs=dict(net_arch=[8]))
-    model.policy_kwargs = dict(net_arch=[4])
-    model.num_timesteps = 1000
-    model.save(run_folder / "odd")
-    assert newest_model(run_folder) == checkpoint(run_folder, 120)
-    assert f"Passed over: {run_folder / 'odd.zip'} can't be loaded (" in capsys.readouterr().out
-
-
-def test_what_a_killed_save_leaves_is_no_model(run_folder: Path) -> None:
-    model = checkpoint(run_folder, 120)
-    model.rename(model.with_name(f".{model.name}.123.part"))
-    assert newest_model(run_folder) == checkpoint(run_folder, 80)
+        assert f"Skipping {newest}: {statistics.name} can't be loaded (" in capsys.readouterr().out
+    assert newest_model(run_folder) == newest
+    statistics_path(checkpoint(run_folder, 80)).unlink()
+    assert newest_model(run_folder, with_statistics=True) == checkpoint(run_folder, 40)  # the best one has none
 
 
 class KilledError(BaseException):
     pass
 
 
-@pytest.mark.parametrize("at", ["model", "statistics"])
+@pytest.mark.parametrize("killed_in", ["sb3_a3c.a3c.A3C.save", "sb3_a3c.resume.atomic_write"])
 def test_a_model_never_has_the_statistics_of_another(
-    at: str, run_folder: Path, normalized: VecEnv, monkeypatch: pytest.MonkeyPatch
+    killed_in: str, run_folder: Path, normalized: VecEnv, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = A3C.load(checkpoint(run_folder, 120), normalized)
     path = run_folder / "model.zip"
@@ -149,16 +141,14 @@ def test_a_model_never_has_the_statistics_of_another(
         raise KilledError
 
     model.num_timesteps = 400
-    monkeypatch.setattr("sb3_a3c.a3c.A3C.save" if at == "model" else "sb3_a3c.resume.write_whole", killed)
+    monkeypatch.setattr(killed_in, killed)
     with pytest.raises(KilledError):
         save_with_statistics(model, path)
-    # the first could be undone; the second has left a model without statistics
-    expected = path if at == "model" else checkpoint(run_folder, 120)
-    assert newest_model(run_folder, with_statistics=True) == expected
-    assert A3C.load(path).num_timesteps == (300 if at == "model" else 400)
+    assert newest_model(run_folder, with_statistics=True) == checkpoint(run_folder, 120)
+    assert A3C.load(path).num_timesteps == (300 if killed_in.endswith("save") else 400)
 
 
-def test_the_schedule_goes_on_from_a_checkpoint(run_folder: Path, normalized: VecEnv) -> None:
+def test_schedules_continue_from_a_checkpoint(run_folder: Path, normalized: VecEnv) -> None:
     model = A3C.load(checkpoint(run_folder, 80), normalized, learning_rate=lambda progress: 1e-3 * progress)
     seen = []
 
@@ -186,7 +176,7 @@ def write_evaluations(folder: Path) -> Path:
     return path
 
 
-def test_evaluations_go_on(tmp_path: Path) -> None:
+def test_evaluations_continue(tmp_path: Path) -> None:
     callback = evaluation(tmp_path)
     continue_evaluations(callback, write_evaluations(tmp_path))
     assert callback.best_mean_reward == 2.0
@@ -195,42 +185,29 @@ def test_evaluations_go_on(tmp_path: Path) -> None:
     assert callback.evaluations_length == [[5, 6], [7, 8]]
 
 
-@pytest.mark.parametrize("n_bytes", [0, 1, 100, 500, -1])
-def test_damaged_evaluations_begin_anew(n_bytes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("n_bytes", [None, 0, 1, 500, -1])
+def test_missing_or_damaged_evaluations(n_bytes: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_evaluations(tmp_path)
-    path.write_bytes(path.read_bytes()[:n_bytes])
+    expected = []
+    if n_bytes is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:n_bytes])
+        expected = [f"{path} is damaged"]
     callback = evaluation(tmp_path)
     continue_evaluations(callback, path)
     assert callback.best_mean_reward == -np.inf
     assert [callback.evaluations_timesteps, callback.evaluations_results, callback.evaluations_length] == [[], [], []]
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{path} is damaged")
-    assert line.endswith("evaluations begin anew.")
-
-
-def test_no_evaluations_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    callback = evaluation(tmp_path)
-    continue_evaluations(callback, tmp_path / "evaluations.npz")
-    assert callback.evaluations_timesteps == []
-    assert capsys.readouterr().out == ""
+    assert [line.split(" (")[0] for line in capsys.readouterr().out.splitlines()] == expected
 
 
 # --- monitor files --------------------------------------------------------------------------------------------------
 
 
-def write_monitor(path: Path, t_start: float, rows: list[str], columns: str = "r,l,t") -> None:
+def write_monitor(path: Path, t_start: float, rows: list[str]) -> None:
     """As SB3 does: the header ends as the system's lines, all the others as those of CSV."""
     header = f"#{json.dumps({'t_start': t_start, 'env_id': 'CartPole-v1'})}\n"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(header + "".join(f"{row}\r\n" for row in [columns, *rows]), newline="")
-
-
-def rows_of(path: Path) -> list[str]:
-    header, _columns, *rows = path.read_bytes().decode().split("\n")
-    assert header.startswith("#")
-    assert rows.pop() == ""  # the last one ends too
-    assert all(row.endswith("\r") for row in rows)
-    return [row.removesuffix("\r") for row in rows]
+    path.write_text(header + "".join(f"{row}\r\n" for row in ["r,l,t", *rows]), newline="")
 
 
 def names(folder: Path) -> list[str]:
@@ -239,154 +216,53 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Episodes of two environments. They end at 101 and 105 s, and at 103 and 106 s."""
+    """Episodes of two environments; they end at 101 and 105 s, and at 103 and 106 s."""
     folder = tmp_path / "CartPole-v1_1"
+    folder.mkdir()
     write_monitor(folder / "0.monitor.csv", 100.0, ["10.0,10,1.0", "10.0,10,5.0"])
     write_monitor(folder / "1.monitor.csv", 102.0, ["20.0,20,1.0", "5.0,5,4.0"])
     return folder
 
 
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    folder = tmp_path / "CartPole-v1_2"
-    folder.mkdir()
-    return folder
+@pytest.mark.parametrize("same_folder", [True, False])
+def test_monitor_files_of_three_runs(same_folder: bool, source: Path, tmp_path: Path) -> None:
+    contents = [(source / f"{i}.monitor.csv").read_bytes() for i in range(2)]
+    (source / "2.monitor.csv").touch()  # the run was killed as it created the file
+    folders = [source] * 3 if same_folder else [source, tmp_path / "second", tmp_path / "third"]
+    for second in (1, 2):
+        folders[second].mkdir(exist_ok=True)
+        carry_over_monitor_files(folders[second - 1], folders[second])
+        carry_over_monitor_files(folders[second - 1], folders[second])  # if it was killed before training began
+        for i in range(2):
+            write_monitor(folders[second] / f"{i}.monitor.csv", 100.0 * second + 100, [f"{second}.0,7,{i + 1}.0"])
+    (folders[-1] / "2.monitor.csv").unlink(missing_ok=True)
+    old = ["100.0.monitor.csv", "102.1.monitor.csv"]
+    assert names(folders[-1]) == sorted([*old, "200.0.monitor.csv", "200.1.monitor.csv", "0.monitor.csv", "1.monitor.csv"])
+    assert [(folders[-1] / name).read_bytes() for name in old] == contents
+    results = load_results(str(folders[-1]))
+    assert results["l"].tolist() == [10, 20, 10, 5, 7, 7, 7, 7]
+    assert results["r"].tolist()[4:] == [1.0, 1.0, 2.0, 2.0]
+    assert results["t"].tolist() == [1.0, 3.0, 5.0, 6.0, 101.0, 102.0, 201.0, 202.0]  # since the first run started
+    if not same_folder:
+        assert [(source / f"{i}.monitor.csv").read_bytes() for i in range(2)] == contents
 
 
-LATE = 1e9
+@pytest.mark.parametrize("n_renamed", [0, 1])
+def test_monitor_files_if_killed_halfway(n_renamed: int, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, renamed = Path.replace, []
 
-
-@pytest.mark.parametrize(
-    ("until", "n_kept"),
-    [(LATE, (2, 2)), (106.0, (2, 2)), (105.9, (2, 1)), (104.9, (1, 1)), (102.9, (1, 0)), (100.5, (0, 0))],
-)
-def test_episodes_are_cut_where_the_model_was_saved(
-    until: float, n_kept: tuple[int, int], source: Path, target: Path
-) -> None:
-    carry_over_monitor_files(source, target, until)
-    for i, (t_start, n) in enumerate(zip((100, 102), n_kept, strict=True)):
-        assert rows_of(target / f"{t_start}.{i}.monitor.csv") == rows_of(source / f"{i}.monitor.csv")[:n]
-
-
-def test_copies_are_to_the_letter(source: Path, target: Path) -> None:
-    carry_over_monitor_files(source, target, LATE)
-    assert names(target) == ["100.0.monitor.csv", "102.1.monitor.csv"]
-    for i, name in enumerate(names(target)):
-        assert (target / name).read_bytes() == (source / f"{i}.monitor.csv").read_bytes()
-    assert names(source) == ["0.monitor.csv", "1.monitor.csv"]
-
-
-def test_sb3_reads_copies_and_new_files_together(source: Path, target: Path) -> None:
-    carry_over_monitor_files(source, target, 105.0)
-    write_monitor(target / "0.monitor.csv", 200.0, ["7.0,7,2.0"])
-    write_monitor(target / "1.monitor.csv", 200.0, ["8.0,8,1.0"])
-    results = load_results(str(target))
-    assert results["l"].tolist() == [10, 20, 10, 8, 7]
-    assert results["t"].tolist() == [1.0, 3.0, 5.0, 101.0, 102.0]  # since the very beginning
-
-
-def test_copies_of_copies_keep_their_name(source: Path, target: Path, tmp_path: Path) -> None:
-    carry_over_monitor_files(source, target, LATE)
-    write_monitor(target / "0.monitor.csv", 200.0, ["7.0,7,2.0"])
-    third = tmp_path / "CartPole-v1_3"
-    third.mkdir()
-    carry_over_monitor_files(target, third, LATE)
-    assert names(third) == ["100.0.monitor.csv", "102.1.monitor.csv", "200.0.monitor.csv"]
-    assert load_results(str(third))["l"].tolist() == [10, 20, 10, 5, 7]
-
-
-LAST = "12.5,13,6.789"
-
-
-@pytest.mark.parametrize("n_bytes", range(len(LAST) + 1))
-def test_a_half_written_row_is_left_out(n_bytes: int, source: Path, target: Path) -> None:
-    """Without the line's end nobody knows whether "6.7" is all of the number."""
-    with (source / "0.monitor.csv").open("a", newline="") as file:
-        file.write(LAST[:n_bytes])
-    carry_over_monitor_files(source, target, LATE)
-    assert rows_of(target / "100.0.monitor.csv") == ["10.0,10,1.0", "10.0,10,5.0"]
-    assert load_results(str(target))["l"].tolist() == [10, 20, 10, 5]
-
-
-def test_extra_columns(target: Path, tmp_path: Path) -> None:
-    source = tmp_path / "Reach_1"
-    rows = ["1.0,10,1.0,True,a", '2.0,10,2.0,False,"b, c"']
-    write_monitor(source / "0.monitor.csv", 100.0, rows, columns="r,l,t,is_success,name")
-    carry_over_monitor_files(source, target, LATE)
-    assert rows_of(target / "100.0.monitor.csv") == rows
-    assert load_results(str(target))["is_success"].tolist() == [True, False]
-
-
-def test_no_monitor_files(target: Path, tmp_path: Path) -> None:
-    source = tmp_path / "empty"
-    source.mkdir()
-    (source / "CartPole-v1.zip").touch()
-    carry_over_monitor_files(source, target, LATE)
-    assert names(target) == []
-
-
-@pytest.mark.parametrize("text", ["", "#{}", '#{"t_start": 100.0}\n', '#{"t_start": 100.0}\nr,l'])
-def test_files_without_a_table_are_left_out(text: str, source: Path, target: Path) -> None:
-    (source / "0.monitor.csv").write_text(text)
-    carry_over_monitor_files(source, target, LATE)
-    assert names(target) == ["102.1.monitor.csv"]
-
-
-def test_no_episode_has_ended(target: Path, tmp_path: Path) -> None:
-    source = tmp_path / "CartPole-v1_1"
-    write_monitor(source / "0.monitor.csv", 100.0, [])
-    carry_over_monitor_files(source, target, LATE)
-    assert rows_of(target / "100.0.monitor.csv") == []
-    assert len(load_results(str(target))) == 0
-
-
-def test_in_the_same_folder_there_are_only_copies_afterwards(source: Path) -> None:
-    whole = [(source / f"{i}.monitor.csv").read_bytes() for i in range(2)]
-    with (source / "0.monitor.csv").open("a", newline="") as file:
-        file.write(LAST[:3])
-    (source / "2.monitor.csv").touch()  # killed before its first line
-    for _ in range(2):
-        carry_over_monitor_files(source, source)
-        assert names(source) == ["100.0.monitor.csv", "102.1.monitor.csv"]
-        assert [(source / name).read_bytes() for name in names(source)] == whole
-    for i in range(2):
-        write_monitor(source / f"{i}.monitor.csv", 200.0, [f"{i}.0,7,2.0"])
-    results = load_results(str(source))
-    assert results["l"].tolist() == [10, 20, 10, 5, 7, 7]
-    assert results["t"].tolist() == [1.0, 3.0, 5.0, 6.0, 102.0, 102.0]
-
-
-@pytest.mark.parametrize("name", ["train_0.monitor.csv", "monitor.csv"])
-def test_whatever_the_files_are_called_nothing_is_written_over(name: str, tmp_path: Path) -> None:
-    for begin in (100.0, 200.0, 300.0):
-        write_monitor(tmp_path / name, begin, [f"{begin},7,2.0"])
-        carry_over_monitor_files(tmp_path, tmp_path)
-        assert not (tmp_path / name).exists()
-    assert load_results(str(tmp_path))["r"].tolist() == [100.0, 200.0, 300.0]
-
-
-@pytest.mark.parametrize("moment", range(4))
-def test_killed_before_each_change_of_the_folder(moment: int, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two copies are made, then two files go."""
-    left = moment
-
-    def until_killed(change: Callable[..., None]) -> Callable[..., None]:
-        def changed(path: Path, *args: Any, **kwargs: Any) -> None:
-            nonlocal left
-            if path.suffix == ".csv":
-                if left == 0:
-                    raise KilledError
-                left -= 1
-            change(path, *args, **kwargs)
-
-        return changed
+    def replace(path: Path, target: Path) -> Path:
+        if len(renamed) == n_renamed:
+            raise KilledError
+        renamed.append(path)
+        return original(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(resume, "write_whole", until_killed(write_whole))
-        patch.setattr(Path, "unlink", until_killed(Path.unlink))
+        patch.setattr(Path, "replace", replace)
         with pytest.raises(KilledError):
             carry_over_monitor_files(source, source)
     carry_over_monitor_files(source, source)
+    assert names(source) == ["100.0.monitor.csv", "102.1.monitor.csv"]
     assert load_results(str(source))["l"].tolist() == [10, 20, 10, 5]
 
 
@@ -399,7 +275,7 @@ OPTIONS = ["--env", GAME, "--n-envs", "4", "--n-workers", "2", "--save-freq", st
 
 @contextlib.contextmanager
 def example(folder: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The example as it runs; it is killed at the end, and its workers are soon gone."""
+    """Run the example, and kill it at the end; its workers must end soon after."""
     with (folder / "output.txt").open("wb") as output:
         command = [sys.executable, str(EXAMPLE), *OPTIONS, *options]
         process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
@@ -418,7 +294,7 @@ def example(folder: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def processes_in(folder: Path) -> dict[int, int]:
-    """:return: ids of processes whose working directory this is, and of their parents"""
+    """Ids of the processes whose working directory this is, and of their parents."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
@@ -440,7 +316,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def episodes(folder: Path) -> set[tuple[float, ...]]:
-    """:return: when each one ended, its return and its length, of all whole lines in monitor files"""
+    """Time, return and length of all episodes in the monitor files; the last line may not be complete yet."""
     found: set[tuple[float, ...]] = set()
     for path in folder.glob("*.monitor.csv"):
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -450,30 +326,30 @@ def episodes(folder: Path) -> set[tuple[float, ...]]:
     return found
 
 
-class RolloutFinished(NamedTuple):
-    """What a model has behind it."""
+class Progress(NamedTuple):
+    """How far a model has been trained."""
 
     timesteps: int
     updates: int
-    moments: float  #: how many steps they are of
-    rewards: float  #: how many the statistics are of
+    optimizer_steps: float
+    rewards: float  #: number of rewards in the statistics
 
 
-def progress(path: Path, normalize: bool) -> RolloutFinished:
+def progress(path: Path, normalize: bool) -> Progress:
     model = A3C.load(path)
-    moments = [float(state["step"]) for state in model.policy.optimizer.state.values()]
+    steps = [float(state["step"]) for state in model.policy.optimizer.state.values()]
     count = 0.0
     if normalize:
         with statistics_path(path).open("rb") as file:
             count = pickle.load(file).ret_rms.count
-        # workers are ahead of what callbacks have seen, at each checkpoint that was gone on from
+        # workers are ahead of the callbacks, at each checkpoint that was resumed from
         assert model.num_timesteps <= count < model.num_timesteps + 5 * SAVE_FREQ
-    assert 0.8 * model._n_updates < min(moments) <= max(moments) <= model._n_updates + 10  # Hogwild may lose a few
-    return RolloutFinished(model.num_timesteps, model._n_updates, min(moments), count)
+    assert 0.8 * model._n_updates < min(steps) <= max(steps) <= model._n_updates + 10  # Hogwild may lose a few
+    return Progress(model.num_timesteps, model._n_updates, min(steps), count)
 
 
 def check_monitor_files(folder: Path, before: set[tuple[float, ...]]) -> None:
-    """They hold what they held, and SB3 reads what they hold, in the order in which it happened."""
+    """The old episodes are still there, and SB3 reads all of them in the order in which they were played."""
     after = episodes(folder)
     assert before <= after
     results = load_results(str(folder))
@@ -483,8 +359,8 @@ def check_monitor_files(folder: Path, before: set[tuple[float, ...]]) -> None:
 
 
 @pytest.mark.slow
-def test_killed_and_gone_on_with(tmp_path: Path) -> None:
-    """The newest checkpoint's statistics, a line of a monitor file and the evaluations are cut off as well."""
+def test_example_resumes_after_a_kill(tmp_path: Path) -> None:
+    """The newest checkpoint's statistics and the evaluations are damaged as well."""
     folder = tmp_path / "logs" / GAME
     generator = np.random.default_rng(1)
     with example(tmp_path, "--normalize-reward", "--eval-freq", "1000000") as process:
@@ -495,8 +371,6 @@ def test_killed_and_gone_on_with(tmp_path: Path) -> None:
     assert newest is not None
     cut(statistics_path(newest))
     (folder / "evaluations.npz").write_bytes(b"PK")
-    with (folder / "0.monitor.csv").open("a", newline="") as file:
-        file.write("7.0,10")
     start = newest_model(folder, with_statistics=True)
     assert start not in (None, newest)
     before, played = progress(start, normalize=True), episodes(folder)
@@ -506,26 +380,26 @@ def test_killed_and_gone_on_with(tmp_path: Path) -> None:
         process.wait(120)
     output = (tmp_path / "output.txt").read_text()
     assert process.returncode == 0, output
-    assert f"Passed over: {statistics_path(newest).relative_to(tmp_path)} " in output
-    assert f"Going on from {start.relative_to(tmp_path)}\n" in output
-    assert "evaluations begin anew" in output
+    assert f"Skipping {newest.relative_to(tmp_path)}: {statistics_path(newest).name} can't be loaded" in output
+    assert f"Resuming from {start.relative_to(tmp_path)}\n" in output
+    assert "evaluations start from scratch" in output
     after = progress(folder / "model.zip", normalize=True)
     assert timesteps <= after.timesteps < timesteps + 200
     assert all(new > old for new, old in zip(after, before, strict=True))
     check_monitor_files(folder, played)
     with np.load(folder / "evaluations.npz") as evaluations:
         assert evaluations["timesteps"].tolist() == [before.timesteps + SAVE_FREQ]
-        assert (evaluations["results"] % 1 == 0).all()  # scores, not what was learned from
+        assert (evaluations["results"] % 1 == 0).all()  # scores, not normalized rewards
     assert [path.name for path in folder.glob("A3C_*")] == ["A3C_1"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("normalize", [False, True])
-def test_killed_again_and_again(normalize: bool, tmp_path: Path) -> None:
+def test_example_resumes_after_repeated_kills(normalize: bool, tmp_path: Path) -> None:
     folder = tmp_path / "logs" / GAME
     generator = np.random.default_rng(int(normalize))
     options = ["--eval-freq", "1500", *(["--normalize-reward"] if normalize else [])]
-    before, played = RolloutFinished(0, 0, 0.0, 0.0), set[tuple[float, ...]]()
+    before, played = Progress(0, 0, 0.0, 0.0), set[tuple[float, ...]]()
     for i in range(6):
         with example(tmp_path, *options) as process:
             if i == 0:
@@ -554,13 +428,13 @@ def functions() -> dict[str, Any]:
     return runpy.run_path(str(EXAMPLE))
 
 
-def test_the_example_says_what_to_do(functions: dict[str, Any], run_folder: Path, tmp_path: Path) -> None:
+def test_example_without_a_model_to_resume(functions: dict[str, Any], run_folder: Path, tmp_path: Path) -> None:
     arguments = argparse.Namespace(normalize_reward=False)
     assert functions["find_start"](arguments, run_folder) == checkpoint(run_folder, 120)
     assert arguments.normalize_reward  # the run has statistics
     for path in run_folder.glob("**/*.pkl"):
         path.unlink()
-    with pytest.raises(SystemExit, match=r"run is one without --normalize-reward: go on without it, or begin a new run"):
+    with pytest.raises(SystemExit, match=r"was trained without --normalize-reward: resume without it, or start a new run"):
         functions["find_start"](arguments, run_folder)
     assert functions["find_start"](argparse.Namespace(normalize_reward=False), run_folder) == checkpoint(run_folder, 120)
     for path in run_folder.glob("**/*.zip"):
@@ -570,11 +444,11 @@ def test_the_example_says_what_to_do(functions: dict[str, Any], run_folder: Path
             functions["find_start"](argparse.Namespace(normalize_reward=False), folder)
 
 
-def test_a_run_before_is_moved_aside(functions: dict[str, Any], tmp_path: Path) -> None:
+def test_example_renames_earlier_runs(functions: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / GAME
     for i in range(2):
         folder.mkdir()
         (folder / f"{i}.monitor.csv").touch()
         functions["move_aside"](folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{GAME}_1", f"{GAME}_2"]
+    assert names(tmp_path) == [f"{GAME}_1", f"{GAME}_2"]
     assert (tmp_path / f"{GAME}_2" / "1.monitor.csv").exists()

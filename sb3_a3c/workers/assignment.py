@@ -28,12 +28,12 @@ class Assignment:
 
     :param env: the user's environments
     :param policy: that each worker begins with
-    :param hyperparams: that each worker begins with
+    :param hyperparams: likewise
     :param n_workers: number of processes; 0 for one worker in this process; None for one for each core, or for this process,
         with a warning, if the environments can't be sent to others
     :param seed: every seed is derived from it
-    :param env_seeds: seeds that the environments are to begin with; None where one is to be derived
-    :param env_options: options that the environments are to begin with
+    :param env_seeds: seeds that the environments begin with; None where one is to be derived
+    :param env_options: options that the environments begin with
     :raises ValueError: if the environments can't be sent to other processes
     """
 
@@ -47,7 +47,7 @@ class Assignment:
         env_seeds: Sequence[int | None],
         env_options: Sequence[dict[str, Any]],
     ) -> None:
-        self._env, self._seed = env, seed
+        self.env, self.hyperparams, self._seed = env, hyperparams, seed
         n_envs = env.num_envs
         derived = _derived_seeds(seed, 2 * n_envs)
         seeds = [new if given is None else given for new, given in zip(derived[:n_envs], env_seeds, strict=True)]
@@ -71,13 +71,13 @@ class Assignment:
         """
         :param store: the shared parameters
         :param worker: its index
-        :param n_waiting: rollouts reported by its predecessor that are still to be consumed
-        :return: what ``run_worker`` is called with in the worker's process, after its channel
+        :param n_waiting: rollouts that its predecessor has reported and that are not consumed yet
+        :return: the arguments of ``run_worker`` in the worker's process, after the channel
         """
         config = self.configs[worker]
         # with short rollouts, those of one worker must be able to fill a whole step
         n_tickets = MAX_ROLLOUTS_WAITING + 1
-        n_tickets += self._env.num_envs // (config.hyperparams.n_steps * len(config.env_indices))
+        n_tickets += self.env.num_envs // (config.hyperparams.n_steps * len(config.env_indices))
         return store, self.shares[worker], max(0, n_tickets - n_waiting), cloudpickle.dumps(config)
 
     def renew(self, worker: int, n_restarts: int, hyperparams: Hyperparams) -> None:
@@ -88,9 +88,9 @@ class Assignment:
         :param n_restarts: how many processes have been replaced in this training, this one included
         :param hyperparams: of now
         """
-        seed, *seeds = _derived_seeds([self._seed, n_restarts], self._env.num_envs + 1)
+        seed, *seeds = _derived_seeds([self._seed, n_restarts], self.env.num_envs + 1)
         first_reset = dataclasses.replace(self.first_reset, seeds=tuple(seeds))
-        (self.shares[worker],) = split_env(self._env, [self.env_indices[worker]], first_reset)
+        (self.shares[worker],) = split_env(self.env, [self.env_indices[worker]], first_reset)
         self.configs[worker] = dataclasses.replace(self.configs[worker], seed=seed, hyperparams=hyperparams)
 
 

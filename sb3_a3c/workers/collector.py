@@ -11,14 +11,14 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecVideoRecorder
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecVideoRecorder
 
 from sb3_a3c.actor_learner.config import Hyperparams
 from sb3_a3c.actor_learner.report import RolloutStatistics
@@ -65,43 +65,32 @@ class HogwildCollector:
     Workers that learn on shared parameters, and what they report. They start at once and run until :meth:`stop`. Until
     then calls to ``env`` reach the workers' environments.
 
+    :param assignment: the user's environments and seeds, dealt out to workers
     :param policy: the policy to start from, optimizer included; it stays private to this process
-    :param env: the user's environments
     :param first_obs: (n_envs, …), observations to show until the first reports come
-    :param hyperparams: the workers' hyper-parameters
-    :param n_workers: number of processes, as :class:`Assignment` takes it
-    :param seed: every seed of this training is derived from it
-    :param env_seeds: seeds that the environments are to begin with; None where one is to be derived
-    :param env_options: options that the environments are to begin with
     :param steps_before: transitions made in earlier calls of ``learn``
     :param total_steps: goal, ``steps_before`` included
-    :param start_method: of the processes; None for the platform's best
+    :param start_method: as A3C's
     :param max_restarts: number of workers that may be replaced after they died
     :param timeout: seconds that a worker may take for a step, or for learning; None for ever
-    :raises ValueError: if the environments can't be sent to other processes
     """
 
     def __init__(
         self,
+        assignment: Assignment,
         policy: ActorCriticPolicy,
-        env: VecEnv,
         first_obs: Obs,
-        hyperparams: Hyperparams,
-        n_workers: int | None,
-        seed: int,
-        env_seeds: Sequence[int | None],
-        env_options: Sequence[dict[str, Any]],
         steps_before: int,
         total_steps: int,
         start_method: str | None = None,
         max_restarts: int = 0,
         timeout: float | None = None,
     ) -> None:
-        self._env = env
-        self.hyperparams, self._normalization = hyperparams, options(env)
-        self._assignment = Assignment(env, policy, hyperparams, n_workers, seed, env_seeds, env_options)
-        self._n_workers = self._assignment.n_workers
-        has_processes = bool(self._assignment.shares)
+        self._env = env = assignment.env
+        self.hyperparams, self._normalization = assignment.hyperparams, options(env)
+        self._assignment = assignment
+        self._n_workers = assignment.n_workers
+        has_processes = bool(assignment.shares)
         self.store: ParameterStore = SharedMemoryStore(policy, self._n_workers, total_steps, steps_before, has_processes)
         self.statistics = TrainingStatistics()
         self._assembler = StepAssembler(first_obs, env.num_envs, MAX_ROLLOUTS_WAITING)

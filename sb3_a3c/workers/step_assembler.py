@@ -1,10 +1,4 @@
-"""
-From workers' reports to what Stable-Baselines3 sees: pure, knows no processes.
-
-A worker reports once per rollout. :class:`StepAssembler` turns the reports of all workers into steps of ``n_envs``
-transitions, as ``env.step`` of one vectorised environment would have returned them. :class:`TrainingStatistics` pools
-what they say about learning for the logger.
-"""
+"""What a callback sees: the reports of all workers, put together to steps of ``n_envs`` transitions."""
 
 from collections import deque
 from typing import Any, NamedTuple
@@ -37,13 +31,15 @@ class _Transition(NamedTuple):
 
 class StepAssembler:
     """
-    Puts transitions into steps. Row i of a step is environment i while workers keep pace. When some environment is
-    ``max_rollouts`` rollouts ahead, its transitions also fill the rows of those that lag, so that nobody waits.
-    The transitions of one environment stay in order of time.
+    Puts transitions into steps, as ``env.step`` of one vectorised environment would have returned them.
+
+    Row i of a step is environment i while workers keep pace. When some environment is ``max_rollouts`` rollouts ahead, its
+    transitions also fill the rows of those that lag, so that no worker waits for another. The transitions of one environment
+    stay in order of time.
 
     :param first_obs: (n_envs, …), the observations before the first step
     :param n_envs: number of environments
-    :param max_rollouts: how many rollouts of one environment may wait for the others, one that is begun included
+    :param max_rollouts: of one environment, that may wait for the others, one that is begun included
     """
 
     def __init__(self, first_obs: Obs, n_envs: int, max_rollouts: int) -> None:
@@ -55,9 +51,7 @@ class StepAssembler:
         self._used_up: list[int] = []
 
     def add(self, report: Report) -> None:
-        """
-        :param report: the next rollout of its environments
-        """
+        """Add the next rollout of a worker's environments."""
         n_steps = len(report.rewards)
         for column, env_index in enumerate(report.env_indices):
             queue = self._queues[env_index]
@@ -70,9 +64,8 @@ class StepAssembler:
 
     def has_step(self, flush: bool = False) -> bool:
         """
-        :param flush: no more reports will come: form steps from whatever is there
-        :return: whether there is a next step; if not, more reports are needed (with ``flush``: fewer than ``n_envs``
-            transitions are left)
+        :param flush: no more reports will come: make steps as long as ``n_envs`` transitions are left
+        :return: whether there is a next step
         """
         if all(self._queues):
             return True
@@ -80,35 +73,8 @@ class StepAssembler:
         return enough and sum(len(queue) for queue in self._queues) >= self.n_envs
 
     def take_step(self) -> Step:
-        """
-        :return: the next step, which :meth:`has_step` has promised
-        """
-        row = []
-        for queue in self._queues:
-            source = queue or max(self._queues, key=len)
-            row.append(source.popleft())
-        return self._step(row)
-
-    def take_used_up(self) -> list[int]:
-        """
-        :return: the environments of which a rollout has been shown to its end since the last call, once for each rollout
-        """
-        used_up, self._used_up = self._used_up, []
-        return used_up
-
-    def leftovers(self) -> tuple[list[dict[str, Any]], npt.NDArray[np.bool_]]:
-        """
-        Take out the transitions that are too few for a step, or that nobody wants to see any more.
-
-        :return: their infos, and whether each ended an episode
-        """
-        rest = [transition for queue in self._queues for transition in queue]
-        for queue in self._queues:
-            queue.clear()
-        self._n_rollouts = [0] * self.n_envs
-        return [transition.info for transition in rest], np.array([transition.done for transition in rest], dtype=bool)
-
-    def _step(self, row: list[_Transition]) -> Step:
+        """:return: the next step, which :meth:`has_step` has promised"""
+        row = [(queue or max(self._queues, key=len)).popleft() for queue in self._queues]
         ends = [(t.env_index, *t.rollout_end) for t in row if t.rollout_end is not None]
         if ends:
             self._new_obs = _with_rows(self._new_obs, ends)
@@ -122,6 +88,23 @@ class StepAssembler:
             actions=np.stack([transition.action for transition in row]),
             new_obs=self._new_obs,
         )
+
+    def take_used_up(self) -> list[int]:
+        """:return: the environments of which a rollout has ended in a step since the last call, once for each rollout"""
+        used_up, self._used_up = self._used_up, []
+        return used_up
+
+    def leftovers(self) -> tuple[list[dict[str, Any]], npt.NDArray[np.bool_]]:
+        """
+        Take out all transitions that no step has shown.
+
+        :return: their infos, and whether each ended an episode
+        """
+        rest = [transition for queue in self._queues for transition in queue]
+        for queue in self._queues:
+            queue.clear()
+        self._n_rollouts = [0] * self.n_envs
+        return [transition.info for transition in rest], np.array([transition.done for transition in rest], dtype=bool)
 
 
 def _with_rows(obs: Obs, rows: list[tuple[int, int, Obs]]) -> Obs:

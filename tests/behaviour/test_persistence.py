@@ -1,9 +1,8 @@
-"""Saving, loading and exchanging parameters and environments: nothing is lost, nothing is dragged along, and it goes on."""
+"""Saving and loading models, and setting parameters and environments."""
 
 import base64
 import io
 import json
-import multiprocessing
 import time
 import zipfile
 from collections.abc import Iterator
@@ -15,36 +14,17 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from gymnasium import spaces
 from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c import A3C
+from tests.toy_envs import Images
 
 BOTH = pytest.mark.parametrize("n_workers", [0, 2])
-EITHER_POLICY = pytest.mark.parametrize("policy", ["MlpPolicy", "MlpLstmPolicy"])
-EITHER_OPTIMIZER = pytest.mark.parametrize("use_rms_prop", [False, True], ids=["Adam", "RMSprop"])
-
-
-class Images(gym.Env[Any, Any]):
-    """Noise; the reward is the action."""
-
-    observation_space = spaces.Box(0, 255, (36, 36, 1), dtype=np.uint8)
-    action_space = spaces.Discrete(3)
-    render_mode = None
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        return self._draw(), {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        return self._draw(), float(action), bool(self.np_random.random() < 0.1), False, {}
-
-    def _draw(self) -> Any:
-        return self.np_random.integers(0, 256, (36, 36, 1), dtype=np.uint8)
+SMALL_LSTM: dict[str, Any] = dict(policy_kwargs=dict(lstm_hidden_size=16))
 
 
 def cartpole(n_envs: int = 4, **kwargs: Any) -> VecEnv:
@@ -65,7 +45,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def difference(one: Any, other: Any) -> list[str]:
-    """Paths of what two trees of parameters do not share, to the bit."""
+    """Paths at which two trees of parameters are not bit-identical."""
     left, right = dict(leaves(one)), dict(leaves(other))
     unequal = [
         path
@@ -75,14 +55,7 @@ def difference(one: Any, other: Any) -> list[str]:
     return sorted(unequal + list(left.keys() ^ right.keys()))
 
 
-def no_process_may_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(*_: Any) -> None:
-        raise AssertionError("a process was started")
-
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start)
-
-
-# --- save and load --------------------------------------------------------------------------------------------------
+# --- save and load ----------------------------------------------------------------------------------------------------
 
 PENDULUM: dict[str, Any] = dict(use_sde=True, policy_kwargs=dict(squash_output=True))
 MOMENTUM: dict[str, Any] = dict(policy_kwargs=dict(optimizer_class=th.optim.SGD, optimizer_kwargs=dict(momentum=0.9)))
@@ -97,7 +70,7 @@ MODELS: list[Any] = [
 
 
 @pytest.mark.parametrize(("policy", "env_id", "kwargs"), MODELS)
-def test_saving_and_loading_is_no_interruption(policy: str, env_id: Any, kwargs: dict[str, Any]) -> None:
+def test_loaded_model_learns_as_the_saved_one(policy: str, env_id: Any, kwargs: dict[str, Any]) -> None:
     env = make_vec_env(env_id, n_envs=3)
     kwargs = dict(learning_rate=lambda progress: 1e-2 * progress, envs_per_update=2, **kwargs)
     model = A3C(policy, env, n_workers=0, seed=1, **kwargs).learn(300)
@@ -114,9 +87,9 @@ def test_saving_and_loading_is_no_interruption(policy: str, env_id: Any, kwargs:
     assert not difference(*results)
 
 
-@EITHER_POLICY
-def test_a_loaded_model_and_a_loaded_policy_predict_the_same(policy: str, tmp_path: Path) -> None:
-    model = A3C(policy, cartpole(), n_workers=2, learning_rate=1e-3).learn(400)
+@pytest.mark.parametrize("policy", ["MlpPolicy", "MlpLstmPolicy"])
+def test_loaded_models_and_policies_predict_the_same(policy: str, tmp_path: Path) -> None:
+    model = A3C(policy, cartpole(), n_workers=0, learning_rate=1e-3).learn(400)
     model.save(tmp_path / "model")
     model.policy.save(str(tmp_path / "policy.pt"))
     loaded = A3C.load(tmp_path / "model")
@@ -142,7 +115,7 @@ def test_a_loaded_model_and_a_loaded_policy_predict_the_same(policy: str, tmp_pa
 
 
 class SaveWhileWorkersRun(BaseCallback):
-    """Waits until the workers wait too, so that what it reads does not move, and saves once."""
+    """Saves once, when the workers wait for this callback, so that the shared parameters do not change."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -160,9 +133,8 @@ class SaveWhileWorkersRun(BaseCallback):
         return True
 
 
-@BOTH
-@pytest.mark.parametrize(("policy", "use_rms_prop"), [("MlpPolicy", True), ("MlpLstmPolicy", False)])
-def test_a_checkpoint_is_the_model_that_the_callback_sees(
+@pytest.mark.parametrize(("policy", "use_rms_prop", "n_workers"), [("MlpPolicy", True, 0), ("MlpLstmPolicy", False, 2)])
+def test_checkpoint_is_the_model_that_the_callback_sees(
     policy: str, use_rms_prop: bool, n_workers: int, tmp_path: Path
 ) -> None:
     kwargs: dict[str, Any] = dict(n_steps=5, use_rms_prop=use_rms_prop, learning_rate=1e-3)
@@ -178,7 +150,7 @@ def test_a_checkpoint_is_the_model_that_the_callback_sees(
     moments = checkpoint.seen["policy.optimizer"]["state"]
     assert len(moments) == len(list(model.policy.parameters()))
     for state in moments.values():
-        assert float(state["step"]) >= checkpoint.counts[1] >= 8  # workers may be ahead of what callbacks see
+        assert float(state["step"]) >= checkpoint.counts[1] >= 8  # workers may be ahead of the callbacks
         assert state["square_avg" if use_rms_prop else "exp_avg_sq"].max() > 0
 
     loaded.learn(200, reset_num_timesteps=False)
@@ -194,7 +166,7 @@ def read_zip(path: Path) -> tuple[set[str], dict[str, Any]]:
 
 
 @BOTH
-def test_a_checkpoint_holds_neither_workers_nor_environments(n_workers: int, tmp_path: Path) -> None:
+def test_checkpoint_contains_neither_workers_nor_environments(n_workers: int, tmp_path: Path) -> None:
     model = A3C("MlpLstmPolicy", cartpole(), n_workers=n_workers, n_steps=5, take_turns=True)
     model.learn(200, callback=SaveWhileWorkersRun(tmp_path / "a3c.zip"))
     A2C("MlpPolicy", cartpole()).learn(20).save(tmp_path / "a2c.zip")
@@ -216,11 +188,9 @@ def test_a_checkpoint_holds_neither_workers_nor_environments(n_workers: int, tmp
             assert name not in pickled, (key, name)
 
 
-@BOTH
-def test_exclude_and_include(n_workers: int, tmp_path: Path) -> None:
+def test_exclude_and_include(tmp_path: Path) -> None:
     path, env = tmp_path / "model.zip", cartpole(2)
-    kwargs: dict[str, Any] = dict(n_workers=n_workers, take_turns=True, n_steps=5)
-    model = A3C("MlpPolicy", env, tensorboard_log=str(tmp_path), **kwargs).learn(20)
+    model = A3C("MlpPolicy", env, tensorboard_log=str(tmp_path), n_workers=2, take_turns=True, n_steps=5).learn(20)
     model.save(path, exclude=["tensorboard_log", "ep_info_buffer"], include=["env"])
     _, data = read_zip(path)
     assert "env" in data
@@ -233,11 +203,11 @@ def test_exclude_and_include(n_workers: int, tmp_path: Path) -> None:
     assert loaded.num_timesteps == model.num_timesteps + 20
 
 
-# --- what can be changed on loading ---------------------------------------------------------------------------------
+# --- what can be changed on loading -----------------------------------------------------------------------------------
 
 
 class EnvIndices(BaseCallback):
-    """Whose transitions there were, and what `mark` says of the environments."""
+    """Collects ``env_index`` and ``mark`` of all infos."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,9 +220,10 @@ class EnvIndices(BaseCallback):
         return True
 
 
-@EITHER_POLICY
-@pytest.mark.parametrize(("n_envs", "n_workers"), [(1, 0), (3, 3), (6, 2), (6, None)])
-def test_another_number_of_environments_and_workers(n_envs: int, n_workers: int | None, policy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("n_envs", "n_workers", "policy"), [(1, 0, "MlpPolicy"), (6, None, "MlpLstmPolicy")])
+def test_different_number_of_environments_and_workers(
+    n_envs: int, n_workers: int | None, policy: str, tmp_path: Path
+) -> None:
     model = A3C(policy, cartpole(4), n_workers=2, n_steps=5, take_turns=True).learn(100)
     model.save(tmp_path / "model")
     loaded = A3C.load(tmp_path / "model", env=cartpole(n_envs), n_workers=n_workers)
@@ -264,43 +235,24 @@ def test_another_number_of_environments_and_workers(n_envs: int, n_workers: int 
     assert loaded.num_timesteps == 100 + 10 * n_envs
 
 
-def test_a_model_of_several_workers_can_be_loaded_with_a_single_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model_of_several_workers_predicts_with_a_single_environment(tmp_path: Path) -> None:
     model = A3C("MlpLstmPolicy", cartpole(4), n_workers=2).learn(100)
     model.save(tmp_path / "model")
-    no_process_may_start(monkeypatch)
     for env in (gym.make("CartPole-v1"), cartpole(1)):
         loaded = A3C.load(tmp_path / "model", env=env)
         assert not difference(model.get_parameters(), loaded.get_parameters())
-        vec_env = loaded.get_env()
-        assert vec_env is not None
-        assert vec_env.num_envs == 1
-        rewards, _ = evaluate_policy(loaded, vec_env, n_eval_episodes=2, return_episode_rewards=True, warn=False)
+        rewards, _ = evaluate_policy(loaded, loaded.get_env(), 2, return_episode_rewards=True, warn=False)  # type: ignore[arg-type]
         assert len(rewards) == 2  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"n_workers=2"):
             loaded.learn(20)
-        loaded.n_workers = 0
-        loaded.learn(20)
-        assert difference(model.get_parameters(), loaded.get_parameters())
+    loaded.n_workers = 0
+    loaded.learn(20)
+    assert difference(model.get_parameters(), loaded.get_parameters())
 
 
-def test_bad_arguments_are_noticed_on_loading(tmp_path: Path) -> None:
-    A3C("MlpPolicy", cartpole(), n_workers=2).save(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"`n_workers` must be an integer and at least 0, not -1"):
-        A3C.load(tmp_path / "model", n_workers=-1)
-    with pytest.raises(ValueError, match="Observation spaces do not match"):
-        A3C.load(tmp_path / "model", env=make_vec_env("Acrobot-v1", n_envs=4))
-    with pytest.raises(ValueError, match=r"device='cuda'"):
-        A3C.load(tmp_path / "model", device="cuda")
-
-
-@BOTH
-def test_custom_objects_replace_the_learning_rate(n_workers: int, tmp_path: Path) -> None:
-    model = A3C(
-        "MlpPolicy", cartpole(), learning_rate=lambda progress: 0.1, n_steps=5, n_workers=n_workers, envs_per_update=2
-    )
-    model.learn(20)
+def test_custom_objects_replace_the_learning_rate(tmp_path: Path) -> None:
+    kwargs: dict[str, Any] = dict(n_steps=5, n_workers=0, envs_per_update=2)
+    model = A3C("MlpPolicy", cartpole(), learning_rate=lambda progress: 0.1, **kwargs).learn(20)
     model.save(tmp_path / "model")
     saved = parameters_of(model)
     frozen = A3C.load(
@@ -314,24 +266,22 @@ def test_custom_objects_replace_the_learning_rate(n_workers: int, tmp_path: Path
     assert difference(saved["policy"], slow.get_parameters()["policy"])
     assert slow.policy.optimizer.param_groups[0]["lr"] == 1e-4
     largest = max(float((p - saved["policy"][name]).abs().max()) for name, p in slow.policy.state_dict().items())
-    assert 0 < largest < 3e-3  # so little only with the new rate: Adam's 10 steps are about as long as the rate
+    assert 0 < largest < 3e-3  # each of Adam's 10 steps is about as long as the rate
 
 
 def test_print_system_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     A3C("MlpPolicy", cartpole(1)).save(tmp_path / "model")
-    A3C.load(tmp_path / "model")
-    assert capsys.readouterr().out == ""
     A3C.load(tmp_path / "model", print_system_info=True)
     output = capsys.readouterr().out
     assert output.index("== CURRENT SYSTEM INFO ==") < output.index("== SAVED MODEL SYSTEM INFO ==")
     assert output.count(f"PyTorch: {th.__version__}") == 2
 
 
-# --- going on -------------------------------------------------------------------------------------------------------
+# --- continuing -------------------------------------------------------------------------------------------------------
 
 
 class RolloutFinished(BaseCallback):
-    """Where SB3's loop is, at each rollout's end."""
+    """Timesteps, progress and learning rate at the start of each of SB3's rollouts, and at the end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -351,16 +301,15 @@ class RolloutFinished(BaseCallback):
         return rate
 
 
-@pytest.mark.parametrize("loaded", [False, True], ids=["", "loaded"])
-@BOTH
-def test_counts_and_schedules_go_on_as_in_a2c(n_workers: int, loaded: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("n_workers", "loaded"), [(0, True), (2, False)], ids=["loaded", "2 workers"])
+def test_counts_and_schedules_continue_as_in_a2c(n_workers: int, loaded: bool, tmp_path: Path) -> None:
     kwargs: dict[str, Any] = dict(n_steps=5, learning_rate=lambda progress: 1e-3 * progress)
     runs = []
     a3c = dict(n_workers=n_workers, take_turns=True, envs_per_update=4 if n_workers == 0 else 2)
     for model in (A2C("MlpPolicy", cartpole(), **kwargs), A3C("MlpPolicy", cartpole(), **kwargs, **a3c)):  # type: ignore[arg-type]
         each: Any = model
         run: list[Any] = []
-        for n_timesteps, reset in ((200, True), (100, False), (300, False), (100, True)):
+        for n_timesteps, reset in ((100, True), (60, False), (140, False), (60, True)):
             progress = RolloutFinished()
             each.learn(n_timesteps, callback=progress, reset_num_timesteps=reset)
             rate = each.policy.optimizer.param_groups[0]["lr"]
@@ -373,18 +322,21 @@ def test_counts_and_schedules_go_on_as_in_a2c(n_workers: int, loaded: bool, tmp_
         run.append(each._n_updates)
         runs.append(run)
     assert runs[0][:-1] == runs[1][:-1]
-    assert runs[0][-1] == 700 / 20
-    assert runs[1][-1] == runs[0][-1] * (1 if n_workers == 0 else 2)  # each worker learns for itself
-    assert [timesteps for _, timesteps, _, _ in runs[1][:-1]] == [200, 300, 600, 100]
+    assert runs[0][-1] == 360 / 20
+    assert runs[1][-1] == runs[0][-1] * (1 if n_workers == 0 else 2)  # each of 2 workers makes updates
+    assert [timesteps for _, timesteps, _, _ in runs[1][:-1]] == [100, 160, 300, 60]
 
 
-# --- parameters by hand ---------------------------------------------------------------------------------------------
+# --- setting parameters -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["dict", "path", "file"])
-@EITHER_POLICY
-@EITHER_OPTIMIZER
-def test_set_parameters_takes_parameters_and_moments(use_rms_prop: bool, policy: str, source: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "policy", "use_rms_prop"),
+    [("dict", "MlpLstmPolicy", False), ("path", "MlpPolicy", True), ("file", "MlpPolicy", False)],
+)
+def test_set_parameters_sets_weights_and_optimizer_state(
+    source: str, policy: str, use_rms_prop: bool, tmp_path: Path
+) -> None:
     kwargs: dict[str, Any] = dict(n_steps=5, n_workers=0, use_rms_prop=use_rms_prop)
     model, other = (A3C(policy, cartpole(), **kwargs, seed=seed).learn(n) for seed, n in ((1, 100), (2, 60)))
     model.save(tmp_path / "model.zip")
@@ -405,12 +357,10 @@ def test_set_parameters_takes_parameters_and_moments(use_rms_prop: bool, policy:
 
 
 @BOTH
-def test_workers_start_from_the_parameters_and_moments_that_were_set(n_workers: int) -> None:
-    kwargs: dict[str, Any] = dict(n_steps=5, n_workers=n_workers, envs_per_update=2, take_turns=True, learning_rate=0.0)
-    model = A3C("MlpLstmPolicy", cartpole(), **kwargs).learn(100)
-    new = parameters_of(
-        A3C("MlpLstmPolicy", cartpole(), n_steps=5, n_workers=0, envs_per_update=2, learning_rate=1e-2).learn(40)
-    )
+def test_workers_start_from_parameters_and_optimizer_state_that_were_set(n_workers: int) -> None:
+    kwargs: dict[str, Any] = dict(n_steps=5, envs_per_update=2, take_turns=True, **SMALL_LSTM)
+    model = A3C("MlpLstmPolicy", cartpole(), n_workers=n_workers, learning_rate=0.0, **kwargs).learn(100)
+    new = parameters_of(A3C("MlpLstmPolicy", cartpole(), n_workers=0, learning_rate=1e-2, **kwargs).learn(40))
     new["policy.optimizer"]["param_groups"][0]["lr"] = 0.0
     assert difference(model.get_parameters()["policy"], new["policy"])
     model.set_parameters(new)
@@ -421,36 +371,27 @@ def test_workers_start_from_the_parameters_and_moments_that_were_set(n_workers: 
     assert {float(state["step"]) for state in after["policy.optimizer"]["state"].values()} == {4.0 + 6.0}
 
 
-def test_parts_of_the_parameters_can_be_set() -> None:
-    model, other = (A3C("MlpLstmPolicy", cartpole(), n_workers=0, seed=seed).learn(40) for seed in (1, 2))
-    before, new = parameters_of(model), parameters_of(other)
-    part = {"policy": {"value_net.bias": new["policy"]["value_net.bias"]}}
-    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict"):
-        model.set_parameters(part)
+def test_set_some_parameters() -> None:
+    model = A3C("MlpPolicy", cartpole(), n_workers=0).learn(40)
+    before, part = parameters_of(model), {"policy": {"value_net.bias": th.ones(1)}}
     with pytest.raises(ValueError, match="Names of parameters do not match"):
         model.set_parameters({"policy": before["policy"]})
-    with pytest.raises(ValueError, match="Key critic is an invalid object name"):
-        model.set_parameters({"critic": part["policy"]}, exact_match=False)
-    model.set_parameters(before)
     model.set_parameters(part, exact_match=False)
     assert difference(before, model.get_parameters()) == ["/policy/value_net.bias"]
-    assert th.equal(model.get_parameters()["policy"]["value_net.bias"], new["policy"]["value_net.bias"])
+    assert model.get_parameters()["policy"]["value_net.bias"] == 1
 
 
-# --- other environments ---------------------------------------------------------------------------------------------
+# --- setting environments ---------------------------------------------------------------------------------------------
 
 
 class Marked(gym.Wrapper[Any, Any, Any, Any]):
-    """Its steps can be told from others'."""
-
     def step(self, action: Any) -> Any:
         *step, info = super().step(action)
         return *step, {**info, "mark": "new"}
 
 
-@BOTH
-@pytest.mark.parametrize("loaded", [False, True], ids=["", "loaded"])
-def test_training_goes_on_in_the_environments_that_were_set(loaded: bool, n_workers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("n_workers", "loaded"), [(0, False), (2, True)])
+def test_training_continues_in_environments_that_were_set(n_workers: int, loaded: bool, tmp_path: Path) -> None:
     model, seen = A3C("MlpLstmPolicy", cartpole(), n_workers=n_workers, n_steps=5, take_turns=True), EnvIndices()
     model.learn(100, callback=seen)
     assert seen.marks == {None}
@@ -467,22 +408,11 @@ def test_training_goes_on_in_the_environments_that_were_set(loaded: bool, n_work
     assert difference(before["policy"], model.get_parameters()["policy"])
 
 
-@BOTH
-def test_environments_that_do_not_fit_are_refused(n_workers: int) -> None:
-    model = A3C("MlpPolicy", cartpole(), n_workers=n_workers)
+def test_environments_that_do_not_fit(tmp_path: Path) -> None:
+    model = A3C("MlpPolicy", cartpole())
     with pytest.raises(AssertionError, match=r"A3C\.load\(path, env\)"):
         model.set_env(cartpole(2))
-    with pytest.raises(ValueError, match="Observation spaces do not match"):
-        model.set_env(make_vec_env("Acrobot-v1", n_envs=4))
-
-
-class OwnVecEnv(DummyVecEnv):
-    """Who knows what it does"""
-
-
-def test_environments_that_cannot_be_dealt_out_are_refused_before_a_process_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = A3C("MlpPolicy", cartpole(), n_workers=2)
-    model.set_env(OwnVecEnv([lambda: gym.make("CartPole-v1")] * 4))
-    no_process_may_start(monkeypatch)
-    with pytest.raises(ValueError, match=r"OwnVecEnv out.*n_workers=0"):
-        model.learn(20)
+    model.save(tmp_path / "model")
+    for use in (model.set_env, lambda env: A3C.load(tmp_path / "model", env=env)):
+        with pytest.raises(ValueError, match="Observation spaces do not match"):
+            use(make_vec_env("Acrobot-v1", n_envs=4))

@@ -1,4 +1,4 @@
-"""Steps out of workers: all of them, each once, in order, and with random state and threads left alone."""
+"""The collector: its steps, statistics, threads and random state."""
 
 import os
 import random
@@ -18,67 +18,33 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_a3c import A3C
 from sb3_a3c.processes.machine import n_cores
-from sb3_a3c.workers.assignment import MAX_ROLLOUTS_WAITING
+from sb3_a3c.workers.assignment import MAX_ROLLOUTS_WAITING, Assignment
 from sb3_a3c.workers.collector import HogwildCollector
-
-
-class StepCounter(gym.Wrapper[Any, Any, Any, Any]):
-    """Puts into each info how many steps this environment has made."""
-
-    def __init__(self, env: gym.Env[Any, Any]) -> None:
-        super().__init__(env)
-        self.n_steps = 0
-
-    def step(self, action: Any) -> Any:
-        obs, reward, terminated, truncated, info = super().step(action)
-        self.n_steps += 1
-        return obs, reward, terminated, truncated, {**info, "n_steps": self.n_steps}
-
-
-class Sleeper(StepCounter):
-    """Takes its time for each step, and notes when it was made."""
-
-    def __init__(self, env: gym.Env[Any, Any], seconds: float) -> None:
-        super().__init__(env)
-        self.seconds = seconds
-
-    def step(self, action: Any) -> Any:
-        time.sleep(self.seconds)
-        *step, info = super().step(action)
-        return *step, {**info, "time": time.perf_counter()}
+from tests.toy_envs import StepCounter
 
 
 def sleeping_env(vec_env: type[VecEnv], *seconds: float) -> VecEnv:
     def maker(seconds: float) -> Callable[[], gym.Env[Any, Any]]:
-        return lambda: Sleeper(gym.make("CartPole-v1"), seconds)
+        return lambda: StepCounter(gym.make("CartPole-v1"), seconds)
 
     return vec_env([maker(each) for each in seconds])  # type: ignore[call-arg,arg-type]
 
 
-def counting_env(n_envs: int) -> VecEnv:
+def cartpole(n_envs: int) -> VecEnv:
     return make_vec_env("CartPole-v1", n_envs=n_envs, wrapper_class=StepCounter)
 
 
-def make_collector(env: VecEnv, n_workers: int | None, total_steps: int, **settings: Any) -> HogwildCollector:
-    model = A3C("MlpPolicy", env, n_workers=None, **settings)
-    seeds: list[int | None] = [None] * env.num_envs
-    return HogwildCollector(
-        model.policy,
-        env,
-        env.reset(),  # type: ignore[arg-type]
-        model._hyperparams(),
-        n_workers,
-        seed=0,
-        env_seeds=seeds,
-        env_options=[{}] * env.num_envs,
-        steps_before=0,
-        total_steps=total_steps,
-    )
+def make_collector(env: VecEnv, n_workers: int | None, total_steps: int, **kwargs: Any) -> HogwildCollector:
+    model = A3C("MlpPolicy", env, n_workers=None, **kwargs)
+    n_envs = env.num_envs
+    assignment = Assignment(env, model.policy, model._hyperparams(), n_workers, 0, [None] * n_envs, [{}] * n_envs)
+    obs: Any = env.reset()
+    return HogwildCollector(assignment, model.policy, obs, steps_before=0, total_steps=total_steps)
 
 
 @pytest.mark.parametrize("n_workers", [0, 1, 2])
-def test_every_transition_is_seen_once_and_in_order(n_workers: int) -> None:
-    collector = make_collector(counting_env(5), n_workers, 400, n_steps=8)
+def test_every_transition_is_in_one_step_and_in_order(n_workers: int) -> None:
+    collector = make_collector(cartpole(5), n_workers, 400, n_steps=8)
     seen: dict[int, list[int]] = {i: [] for i in range(5)}
     n_seen = 0
     try:
@@ -94,35 +60,35 @@ def test_every_transition_is_seen_once_and_in_order(n_workers: int) -> None:
     for info in infos:
         seen[info["env_index"]].append(info["n_steps"])
     assert len(infos) == len(dones) < 5
-    assert 400 <= n_seen + len(infos) < 400 + 5 * 8  # at most one rollout too many for each worker
+    assert 400 <= n_seen + len(infos) < 400 + 5 * 8  # at most one rollout more for each worker
     for steps in seen.values():
         assert steps == list(range(1, len(steps) + 1))
 
 
-def test_in_this_process_the_outside_keeps_its_random_state_and_threads() -> None:
-    def outside() -> tuple[Any, ...]:
+def test_in_process_training_leaves_random_state_and_threads_alone() -> None:
+    def state() -> tuple[Any, ...]:
         return random.getstate(), np.random.get_state()[1].tolist(), th.get_rng_state().tolist(), th.get_num_threads()  # type: ignore[index]
 
     before = th.get_num_threads()
     th.set_num_threads(2)
     try:
-        env = counting_env(2)
+        env = cartpole(2)
         env.reset()
         random.seed(1), np.random.seed(2), th.manual_seed(3)
-        model_free = outside()
+        expected = state()
         collector = make_collector(env, 0, 1000)
         random.seed(1), np.random.seed(2), th.manual_seed(3)
         for _ in range(30):
             assert collector.wait_for_step()
             collector.take_step()
-        assert outside() == model_free
+        assert state() == expected
         collector.stop(threading.Event())
     finally:
         th.set_num_threads(before)
 
 
-def test_environments_that_cannot_be_sent_stay_in_this_process_with_one_warning() -> None:
-    env = counting_env(2)
+def test_environments_that_cannot_be_pickled_train_in_this_process_with_a_warning() -> None:
+    env = cartpole(2)
     env.envs[0].unwrapped.lock = threading.Lock()  # type: ignore[attr-defined]
     with pytest.warns(UserWarning, match=r"A3C trains in this process, as with n_workers=0.*can't be sent") as caught:
         collector = make_collector(env, None, 100)
@@ -133,8 +99,8 @@ def test_environments_that_cannot_be_sent_stay_in_this_process_with_one_warning(
         make_collector(env, 2, 100)
 
 
-def test_statistics_cover_all_that_was_learned() -> None:
-    collector = make_collector(counting_env(4), 2, 400, n_steps=10)
+def test_statistics_of_all_rollouts() -> None:
+    collector = make_collector(cartpole(4), 2, 400, n_steps=10)
     while collector.wait_for_step():
         collector.take_step()
     collector.take_leftovers()
@@ -142,15 +108,15 @@ def test_statistics_cover_all_that_was_learned() -> None:
     statistics = collector.statistics.pop()
     assert statistics["train/skipped_updates"] == 0
     assert 0 <= statistics["train/staleness"] < 20
-    assert -0.7 < statistics["train/entropy_loss"] < -0.6  # a new policy is nearly uniform: log 2
+    assert -0.7 < statistics["train/entropy_loss"] < -0.6  # a new policy is nearly uniform: -log 2
     assert sum(value for key, value in statistics.items() if key.startswith("time/")) == pytest.approx(1.0)
     assert collector.store.n_updates == 20  # 400 transitions, 2 environments of 10 steps in each update
 
 
-@pytest.mark.parametrize("vec_env", [DummyVecEnv, SubprocVecEnv])
-def test_nobody_waits_for_a_slow_environment(vec_env: type[VecEnv]) -> None:
+@pytest.mark.parametrize("vec_env", [DummyVecEnv, pytest.param(SubprocVecEnv, marks=pytest.mark.slow)])
+def test_fast_workers_do_not_wait_for_a_slow_one(vec_env: type[VecEnv]) -> None:
     def train(n_workers: int, *seconds: float) -> tuple[float, dict[int, list[int]], int]:
-        """The rate of environment 0 in steps a second, each environment's step numbers in order, and the largest backlog."""
+        """Steps per second of environment 0, the step numbers of each environment, and the largest backlog."""
         env = sleeping_env(vec_env, *seconds)
         times: list[float] = []
         steps: dict[int, list[int]] = {i: [] for i in range(env.num_envs)}
@@ -164,27 +130,27 @@ def test_nobody_waits_for_a_slow_environment(vec_env: type[VecEnv]) -> None:
                     times.append(info["time"])
             queues = local["self"]._collector._assembler._queues
             backlog = max(backlog, *(len(queue) for queue in queues))
-            return len(times) < 600
+            return len(times) < 300
 
         A3C("MlpPolicy", env, n_workers=n_workers, n_steps=10).learn(100_000, callback=note)
         env.close()
-        return (len(times) - 101) / (times[-1] - times[100]), steps, backlog
+        return (len(times) - 51) / (times[-1] - times[50]), steps, backlog
 
     fast, slow = 0.002, 0.02
-    for _ in range(3):  # rates scatter on a machine that does other things too
+    for _ in range(3):  # rates vary on a busy machine
         alone, _, _ = train(1, fast, fast)
         rate, steps, backlog = train(2, fast, fast, fast, slow)
-        print(f"steps a second of the fast worker: {rate:.0f} beside a slow one, {alone:.0f} alone: {rate / alone:.2f}")
+        print(f"steps per second of the fast worker: {rate:.0f} beside a slow one, {alone:.0f} alone: {rate / alone:.2f}")
         if rate >= 0.9 * alone:
             break
     assert rate >= 0.9 * alone
     for numbers in steps.values():
         assert numbers == list(range(1, len(numbers) + 1))
     assert len(steps[0]) > 3 * len(steps[3]) > 0
-    assert backlog <= 10 * MAX_ROLLOUTS_WAITING  # and so memory stays flat however long it goes
+    assert backlog <= 10 * MAX_ROLLOUTS_WAITING  # so memory stays bounded
 
 
-def test_while_workers_have_the_cores_this_process_uses_those_that_are_left() -> None:
+def test_the_main_process_uses_the_cores_that_workers_leave() -> None:
     seen: set[int] = set()
 
     def note(_: dict[str, Any], __: dict[str, Any]) -> bool:
@@ -194,7 +160,7 @@ def test_while_workers_have_the_cores_this_process_uses_those_that_are_left() ->
     before = th.get_num_threads()
     th.set_num_threads(2)
     try:
-        A3C("MlpPolicy", counting_env(64), n_workers=n_cores()).learn(100, callback=note)
+        A3C("MlpPolicy", cartpole(64), n_workers=n_cores()).learn(100, callback=note)
         assert seen == {1}
         assert th.get_num_threads() == 2
     finally:

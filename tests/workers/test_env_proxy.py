@@ -1,4 +1,4 @@
-"""``training_env`` while workers run: the user's own object reaches the environments that train."""
+"""``training_env`` while workers run: calls to the user's VecEnv reach the workers' environments."""
 
 import contextlib
 import os
@@ -15,6 +15,8 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack
 
 from sb3_a3c import A3C, RemoteTraceback, WorkerDiedError
+from sb3_a3c.workers.env_proxy import call_env
+from sb3_a3c.workers.protocol import EnvCall
 
 
 class Ladder(gym.Env[Any, Any]):
@@ -57,16 +59,24 @@ def ladders(vec_env: Any, wrapper: Callable[[gym.Env[Any, Any]], gym.Env[Any, An
     return env
 
 
-@pytest.fixture(params=["Dummy, 0", "Dummy, 2", "Subproc, 0", "Subproc, 2"])
-def setup(request: pytest.FixtureRequest) -> Iterator[tuple[VecEnv, int]]:
-    kind, n_workers = request.param.split(", ")
-    env = ladders(DummyVecEnv if kind == "Dummy" else SubprocVecEnv)
-    yield env, int(n_workers)
+@pytest.fixture(scope="module")
+def subproc() -> Iterator[VecEnv]:
+    """Shared by all tests of this file, because its processes take seconds to start."""
+    env = ladders(SubprocVecEnv)
+    yield env
     env.close()
 
 
+@pytest.fixture(params=["Dummy, 0", "Dummy, 2", "Subproc, 2"])
+def setup(request: pytest.FixtureRequest) -> tuple[VecEnv, int]:
+    kind, n_workers = request.param.split(", ")
+    env: VecEnv = ladders(DummyVecEnv) if kind == "Dummy" else request.getfixturevalue("subproc")
+    env.set_attr("level", 2)
+    return env, int(n_workers)
+
+
 class At(BaseCallback):
-    """Does something at one call, and once more when the workers have made their last rollouts."""
+    """Calls ``do`` at one call, and once more at the end of the training."""
 
     def __init__(self, call: int, do: Callable[[VecEnv], Any]) -> None:
         super().__init__()
@@ -84,7 +94,7 @@ class At(BaseCallback):
         self.results.append(self.do(self.training_env))
 
 
-def test_methods_and_attributes_of_the_workers_environments(setup: tuple[VecEnv, int]) -> None:
+def test_methods_and_attributes(setup: tuple[VecEnv, int]) -> None:
     env, n_workers = setup
 
     def ask(training_env: VecEnv) -> Any:
@@ -115,14 +125,14 @@ def test_methods_and_attributes_of_the_workers_environments(setup: tuple[VecEnv,
     assert ask(env) == expected
 
 
-def test_a_curriculum_changes_what_the_workers_environments_do_and_stays(setup: tuple[VecEnv, int]) -> None:
+def test_set_attr_changes_the_workers_environments_and_lasts(setup: tuple[VecEnv, int]) -> None:
     env, n_workers = setup
     callback = At(20, lambda training_env: training_env.set_attr("level", 7))
-    model = A3C("MlpPolicy", env, n_workers=n_workers, n_steps=5).learn(1200, callback=callback)
+    model = A3C("MlpPolicy", env, n_workers=n_workers, n_steps=5).learn(600, callback=callback)
     assert set(np.concatenate(callback.rewards[:20])) == {2.0}
     late = np.concatenate(callback.rewards[-40:])
     assert set(late) == {7.0}
-    # rollouts of 5 steps x 4 environments that workers may have been ahead when they heard of it
+    # workers may be ahead of the callback by 5 rollouts of 5 steps in 4 environments
     n_old = sum((row == 2.0).sum() for row in callback.rewards[20:])
     assert n_old <= (0 if n_workers == 0 else 5 * 5) * 4
     assert env.get_attr("level") == [7] * 4
@@ -132,16 +142,16 @@ def test_a_curriculum_changes_what_the_workers_environments_do_and_stays(setup: 
 
 
 @pytest.mark.parametrize("n_workers", [0, 2])
-def test_set_wrapper_attr_goes_through_wrappers_to_some_environments(n_workers: int) -> None:
+def test_set_wrapper_attr_of_some_environments(n_workers: int) -> None:
     env = VecFrameStack(ladders(DummyVecEnv, Monitor), 2)
     callback = At(20, lambda training_env: training_env.env_method("set_wrapper_attr", "level", 3, indices=[1, 2]))
-    A3C("MlpPolicy", env, n_workers=n_workers, n_steps=5).learn(1200, callback=callback)
+    A3C("MlpPolicy", env, n_workers=n_workers, n_steps=5).learn(600, callback=callback)
     assert env.get_attr("level") == [2, 3, 3, 2]
     assert np.mean(callback.rewards[-50:]) == pytest.approx(2.5)
     env.close()
 
 
-def test_pictures_of_the_workers_environments(setup: tuple[VecEnv, int]) -> None:
+def test_images(setup: tuple[VecEnv, int]) -> None:
     env, n_workers = setup
     callback = At(10, lambda training_env: (training_env.get_images(), training_env.render()))
     A3C("MlpPolicy", env, n_workers=n_workers, n_steps=5).learn(400, callback=callback)
@@ -150,8 +160,8 @@ def test_pictures_of_the_workers_environments(setup: tuple[VecEnv, int]) -> None
         assert tiled.shape == (8, 12, 3)
 
 
-@pytest.mark.parametrize("n_workers", [0, 2])  # under SubprocVecEnv it would end the environment's process, as always
-def test_what_a_method_raises_reaches_the_callback_and_training_goes_on(n_workers: int) -> None:
+@pytest.mark.parametrize("n_workers", [0, 2])  # with SubprocVecEnv it would end the environment's process, as always
+def test_a_callback_can_catch_what_a_method_raises(n_workers: int) -> None:
     env = ladders(DummyVecEnv)
     caught: list[Exception] = []
 
@@ -170,7 +180,7 @@ def test_what_a_method_raises_reaches_the_callback_and_training_goes_on(n_worker
         assert "in fail" in str(caught[0].__cause__)
 
 
-def test_an_answer_that_cannot_be_sent_is_an_error_of_that_call_only() -> None:
+def test_a_result_that_cannot_be_pickled_is_an_error_of_that_call_only() -> None:
     def provoke(training_env: VecEnv) -> list[Any]:
         with pytest.raises(TypeError, match="generator"):
             training_env.env_method("unsendable")
@@ -183,7 +193,7 @@ def test_an_answer_that_cannot_be_sent_is_an_error_of_that_call_only() -> None:
     assert callback.results == [[3], [3]]
 
 
-def test_a_call_at_every_step_does_not_let_reports_pile_up() -> None:
+def test_calls_at_every_step_keep_the_number_of_waiting_reports_bounded() -> None:
     waiting: list[int] = []
 
     def ask(local: dict[str, Any], _: dict[str, Any]) -> bool:
@@ -191,12 +201,12 @@ def test_a_call_at_every_step_does_not_let_reports_pile_up() -> None:
         waiting.append(sum(len(queue) for queue in local["self"]._collector._assembler._queues))
         return True
 
-    model = A3C("MlpPolicy", ladders(DummyVecEnv), n_workers=2, n_steps=5).learn(4000, callback=ask)
-    assert model.num_timesteps == 4000
-    assert max(waiting) <= 4 * 5 * 4  # rollouts on credit
+    model = A3C("MlpPolicy", ladders(DummyVecEnv), n_workers=2, n_steps=5).learn(1000, callback=ask)
+    assert model.num_timesteps == 1000
+    assert max(waiting) <= 4 * 5 * 4  # 4 rollouts of each environment
 
 
-def test_the_workers_environments_are_not_to_be_stepped_by_others(setup: tuple[VecEnv, int]) -> None:
+def test_step_and_reset_raise_until_learn_has_ended(setup: tuple[VecEnv, int]) -> None:
     env, n_workers = setup
 
     def step(training_env: VecEnv) -> None:
@@ -207,7 +217,6 @@ def test_the_workers_environments_are_not_to_be_stepped_by_others(setup: tuple[V
                 call()
 
     A3C("MlpPolicy", env, n_workers=n_workers, n_steps=5).learn(400, callback=At(10, step))
-    # afterwards they are the user's again
     methods = vars(env).keys() & {"env_method", "get_attr", "set_attr", "has_attr", "get_images", "reset", "step_async"}
     assert not methods
     env.reset()
@@ -216,7 +225,7 @@ def test_the_workers_environments_are_not_to_be_stepped_by_others(setup: tuple[V
 
 
 @pytest.mark.parametrize("n_workers", [0, 2])
-def test_options_of_the_next_reset_reach_the_workers_environments_once(n_workers: int) -> None:
+def test_options_of_the_next_reset_are_used_once(n_workers: int) -> None:
     env = ladders(DummyVecEnv)
     model = A3C("MlpPolicy", env, n_workers=n_workers)
     env.set_options([{"map": i} for i in range(4)])
@@ -228,31 +237,22 @@ def test_options_of_the_next_reset_reach_the_workers_environments_once(n_workers
     assert second.results == [[None] * 4] * 2
 
 
-def test_a_callback_that_catches_the_death_of_a_worker_does_not_hide_it() -> None:
+@pytest.mark.parametrize("catches", [False, True])
+def test_the_death_of_a_worker_during_a_call_ends_learn(catches: bool) -> None:
     def ask(local: dict[str, Any], _: dict[str, Any]) -> bool:
         model = local["self"]
         if model.num_timesteps == 4:
             os.kill(model._collector._workers.pids[0], signal.SIGKILL)
-        with contextlib.suppress(WorkerDiedError):
+        with contextlib.suppress(*[WorkerDiedError] * catches):
             model.get_env().get_attr("level")
         return True
 
+    # and issues no warning, which would be an error here
     with pytest.raises(WorkerDiedError, match="Worker 0 was killed by SIGKILL"):
         A3C("MlpPolicy", ladders(DummyVecEnv), n_workers=2, n_steps=5, max_worker_restarts=0).learn(2000, callback=ask)
 
 
-def test_the_death_of_a_worker_is_said_once_also_where_a_call_meets_it_first() -> None:
-    def ask(local: dict[str, Any], _: dict[str, Any]) -> bool:
-        os.kill(local["self"]._collector._workers.pids[0], signal.SIGKILL)
-        local["env"].get_attr("level")
-        return True
-
-    # and not as a warning too, which would be an error here
-    with pytest.raises(WorkerDiedError, match="Worker 0 was killed by SIGKILL"):
-        A3C("MlpPolicy", ladders(DummyVecEnv), n_workers=2, n_steps=5, max_worker_restarts=0).learn(2000, callback=ask)
-
-
-def test_a_failure_after_the_callback_has_ended_the_training_is_a_warning() -> None:
+def test_a_death_after_a_callback_has_ended_the_training_is_a_warning() -> None:
     def end(local: dict[str, Any], _: dict[str, Any]) -> bool:
         os.kill(local["self"]._collector._workers.pids[0], signal.SIGKILL)
         return False
@@ -261,12 +261,12 @@ def test_a_failure_after_the_callback_has_ended_the_training_is_a_warning() -> N
         A3C("MlpPolicy", ladders(DummyVecEnv), n_workers=2, n_steps=5).learn(2000, callback=end)
 
 
-def test_what_can_not_be_done_while_workers_run_says_so() -> None:
+def test_learn_and_set_env_raise_while_workers_run() -> None:
     env = ladders(DummyVecEnv)
     model = A3C("MlpPolicy", env, n_workers=2)
 
     def try_all(_: VecEnv) -> None:
-        with pytest.raises(RuntimeError, match="learning already"):
+        with pytest.raises(RuntimeError, match="already learning"):
             model.learn(100)
         with pytest.raises(RuntimeError, match="Call `set_env` after `learn`"):
             model.set_env(ladders(DummyVecEnv))
@@ -274,3 +274,12 @@ def test_what_can_not_be_done_while_workers_run_says_so() -> None:
     assert model.learn(400, callback=At(10, try_all)).num_timesteps == 400
     model.set_env(ladders(DummyVecEnv))
     model.learn(40)
+
+
+def test_call_env() -> None:
+    env = ladders(DummyVecEnv)
+    assert call_env(env, EnvCall("env_method", [1, 2], ("greet", "Hi"), {})) == ["Hi, 1.", "Hi, 2."]
+    assert call_env(env, EnvCall("env_method", [0], ("greet", "Hi"), {"mark": "!"})) == ["Hi, 0!"]
+    assert call_env(env, EnvCall("set_attr", [3], ("level", 5), {})) is None
+    assert call_env(env, EnvCall("get_attr", [0, 3], ("level",), {})) == [2, 5]
+    assert call_env(env, EnvCall("has_attr", None, ("level",), {})) is True  # takes no indices

@@ -1,0 +1,80 @@
+"""Models that 0.1.0 saved load, predict and train as then, and public import paths stay."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_a3c import A3C
+from sb3_a3c.policies.torch_layers import BabyCNN
+
+DATA = Path(__file__).parent / "data"
+IMAGES = dict(screen_height=16, screen_width=16, n_channels=1, discrete=True)
+MODELS = pytest.mark.parametrize("name", ["mlp_lstm", "cnn_lstm"])
+
+
+def make_env(name: str) -> VecEnv:
+    if name == "mlp_lstm":
+        return make_vec_env("CartPole-v1", n_envs=4)
+    return make_vec_env(FakeImageEnv, n_envs=2, env_kwargs=IMAGES)
+
+
+@MODELS
+def test_predictions(name: str) -> None:
+    """The .npz file has what 0.1.0 predicted, deterministically and with the state passed on."""
+    model = A3C.load(DATA / f"a3c_0_1_0_{name}.zip")
+    saved = np.load(DATA / f"a3c_0_1_0_{name}.npz")
+    state = None
+    for t, obs in enumerate(saved["observations"]):
+        actions, state = model.predict(obs, state, np.full(len(obs), t == 0), deterministic=True)
+        np.testing.assert_array_equal(actions, saved["actions"][t])
+    np.testing.assert_allclose(np.stack(state), saved["state"], atol=1e-5)  # type: ignore[arg-type]
+    assert isinstance(model.policy.features_extractor, BabyCNN) == (name == "cnn_lstm")
+
+
+@MODELS
+def test_training_continues(name: str) -> None:
+    model = A3C.load(DATA / f"a3c_0_1_0_{name}.zip", env=make_env(name), n_workers=2, take_turns=True)
+    timesteps, n_updates = model.num_timesteps, model._n_updates
+    steps = [float(state["step"]) for state in model.policy.optimizer.state.values()]
+    before = [parameter.detach().clone() for parameter in model.policy.parameters()]
+    assert timesteps > 0
+    assert min(steps) > 0
+    model.learn(300, reset_num_timesteps=False)
+    assert model.num_timesteps >= timesteps + 300
+    assert model._n_updates > n_updates
+    n_new = model._n_updates - n_updates
+    assert [float(state["step"]) for state in model.policy.optimizer.state.values()] == [step + n_new for step in steps]
+    assert not any(th.equal(old, new) for old, new in zip(before, model.policy.parameters(), strict=True))
+
+
+IMPORTS = """
+import runpy, sys
+from sb3_a3c import *
+from sb3_a3c.errors import A3CError, DivergenceError, WorkerDiedError, WorkerTracebackError
+from sb3_a3c.policies import LstmActorCriticCnnPolicy, LstmActorCriticPolicy, LstmMultiInputActorCriticPolicy
+from sb3_a3c.convolutions import BabyCNN
+from sb3_a3c.atari import make_ale_vec_env
+from sb3_a3c.resume import newest_model, save_with_statistics, statistics_path
+from sb3_a3c.resume import carry_over_monitor_files, continue_evaluations
+from sb3_a3c.zoo import main, register
+
+for module in ("zoo", "doctor"):  # as `python -m` does
+    sys.argv = [module, "--help"]
+    try:
+        runpy.run_module(f"sb3_a3c.{module}", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert not end.code, end.code
+"""
+
+
+def test_public_imports_and_commands() -> None:
+    result = subprocess.run([sys.executable, "-W", "error", "-c", IMPORTS], capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert all(f"usage: python -m sb3_a3c.{module}" in result.stdout for module in ("zoo", "doctor"))
