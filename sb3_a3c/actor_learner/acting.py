@@ -14,7 +14,6 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.actor_learner.config import Hyperparams
 from sb3_a3c.actor_learner.report import Timer
-from sb3_a3c.actor_learner.update_guard import outputs_explained
 from sb3_a3c.envs.non_finite import NonFiniteFilter, zero_non_finite
 from sb3_a3c.envs.observations import Obs, as_tensor, batch_of_one, copied, flat_chunk, stacked
 from sb3_a3c.policies.activation_cache.cache import ActivationCache, ChunkCache
@@ -95,7 +94,7 @@ class Actor:
                 self._policy.reset_noise(n_envs)
             obs.append(self._obs)
             starts.append(self._episode_starts)
-            with th.no_grad(), outputs_explained():
+            with th.no_grad():
                 action, value, self._state = self._recurrent.act(
                     as_tensor(self._obs), self._state, self._episode_starts, **caching
                 )
@@ -144,14 +143,13 @@ class Actor:
             actions = actions.long().flatten()
         elif isinstance(self._policy.action_space, spaces.Box):
             actions = actions.flatten(1)  # (T * n, …) -> (T * n, action_dim)
-        with outputs_explained():
-            values, log_prob, entropy = self._recurrent.evaluate_actions(
-                as_tensor(flat_chunk(rollout.obs, chunk)),
-                actions,
-                tuple(part[:, chunk].contiguous() for part in rollout.first_state),
-                rollout.episode_starts[:, chunk],
-                **({} if cache is None else {"cache": cache}),
-            )
+        values, log_prob, entropy = self._recurrent.evaluate_actions(
+            as_tensor(flat_chunk(rollout.obs, chunk)),
+            actions,
+            tuple(part[:, chunk].contiguous() for part in rollout.first_state),
+            rollout.episode_starts[:, chunk],
+            **({} if cache is None else {"cache": cache}),
+        )
         shape = (len(rollout.rewards), -1)  # (T * n, 1) and (T * n,) -> (T, n)
         return values.reshape(shape), log_prob.reshape(shape), None if entropy is None else entropy.reshape(shape)
 

@@ -94,7 +94,6 @@ def check_rollout(
     :param faulty_obs: (n,), which environments of a chunk had an observation that was not finite
     :param rewards: (T, n)
     :param terminal_values: (T, n), of the observations at which time limits cut episodes
-    :raises DroppedUpdateError: if this chunk can't be learned from
     """
     if faulty_obs.any() or not np.isfinite(terminal_values).all():
         raise DroppedUpdateError(Fault.OBSERVATION)
@@ -103,27 +102,6 @@ def check_rollout(
 
 
 def check_gradient(loss: float, norm: float) -> None:
-    """
-    :param loss: whose gradient it is
-    :param norm: of the whole gradient
-    :raises DroppedUpdateError: if it can't be pushed
-    """
+    """``norm`` is that of the whole gradient of ``loss``."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise DroppedUpdateError(Fault.GRADIENT)
-
-
-@contextlib.contextmanager
-def outputs_explained() -> Iterator[None]:
-    """
-    ``torch.distributions`` refuses what is not finite. Inside this block observations and parameters are finite, so the
-    policy's outputs have overflowed: that error is raised as :class:`DivergenceError`.
-    """
-    try:
-        yield
-    except ValueError as error:
-        if "invalid values" not in str(error):
-            raise
-        raise DivergenceError(
-            "The policy's outputs were NaN or infinite, though its parameters and the observations are finite: they have "
-            f"become too large. {_SMALLER_STEPS}"
-        ) from error

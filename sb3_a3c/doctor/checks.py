@@ -1,6 +1,5 @@
 """The doctor's verdicts: pure functions from measured numbers to findings, each with a fix to type."""
 
-import difflib
 import enum
 import re
 from collections.abc import Collection, Sequence
@@ -10,11 +9,6 @@ import gymnasium as gym
 
 from sb3_a3c.errors import WorkerDiedError
 
-#: Files that the main process has open for each worker: two pipes and its process. And for each environment, at most: a
-#: monitor file, or the pipe and the process of a ``SubprocVecEnv``.
-FILES_PER_WORKER, FILES_PER_ENV = 4, 4
-#: Files that a logger, a checkpoint and imports may open meanwhile.
-SPARE_FILES = 32
 #: Workers per core above which a warning is due.
 MAX_WORKERS_PER_CORE = 1.25
 #: Part of the available memory that workers may use; evaluations, checkpoints and other programs need the rest.
@@ -62,20 +56,6 @@ def check_cores(n_workers: int, n_cores: int, quota: float | None) -> Finding:
     return Finding("cores", Level.WARNING, text, f"A3C(…, n_workers={int(usable)})")
 
 
-def check_open_files(limits: tuple[int, int] | None, n_open: int, n_workers: int, n_envs: int) -> Finding:
-    """``limits``: how many files this process may have open, and to how many it may raise that itself."""
-    if limits is None:
-        return unknown("open files", "Python knows no limit of this system")
-    soft, hard = limits
-    workers_need = n_open + SPARE_FILES + FILES_PER_WORKER * n_workers
-    need = workers_need + FILES_PER_ENV * n_envs
-    text = f"{soft} allowed, {_count(n_workers, 'worker')} and {_count(n_envs, 'environment')} need up to {need}"
-    if need <= soft:
-        return Finding("open files", Level.OK, text)
-    fix = f"ulimit -n {need}" if need <= hard else f"docker run --ulimit nofile={need}, or raise it in limits.conf"
-    return Finding("open files", Level.PROBLEM if workers_need > soft else Level.WARNING, text, fix)
-
-
 def check_shared_memory(free: int | None, needed: int) -> Finding:
     """Bytes that are free, and bytes that a ``SharedMemoryStore`` needs."""
     if free is None:
@@ -100,8 +80,6 @@ def _how_to_make(env_id: str, error: Exception, known_ids: Collection[str]) -> s
     is_atari = _looks_like_atari(env_id)
     has_atari = any(_looks_like_atari(known) for known in known_ids)
     if isinstance(error, gym.error.UnregisteredEnv) and (has_atari or not is_atari):
-        if close := difflib.get_close_matches(env_id, known_ids):
-            return " or ".join(f"--env {known}" for known in close)
         return "--env your_module:YourEnv-v0 for your own; others: python -c 'import gymnasium as g; g.pprint_registry()'"
     if is_atari or "ale-py" in str(error):  # a package, or a ROM, is missing
         return f"{ATARI_PACKAGES} (the ROMs come with ale-py)"
@@ -123,20 +101,12 @@ def check_gradient(mismatch: str | None, text: str) -> Finding:
 
 
 def check_start(n_workers: int, method: str, seconds: float) -> Finding:
-    """``seconds`` until the last worker had answered."""
-    text = f"{_count(n_workers, 'process')} started by {method} and answered within {seconds:.1f} s"
+    """``seconds`` until the first rollout."""
+    text = f"{_count(n_workers, 'process')} started by {method}, first rollout after {seconds:.1f} s"
     if seconds <= SLOW_START:
         return Finding("start", Level.OK, text)
     fix = 'A3C(…, start_method="forkserver")' if method == "spawn" else "put Python's packages on a local disk"
     return Finding("start", Level.WARNING, f"{text}, at each call of learn", fix)
-
-
-def failed_start(n_workers: int, method: str, error: BaseException) -> Finding:
-    """Starting the workers raised ``error``."""
-    text = f"{_count(n_workers, 'process')} by {method}: {type(error).__name__}: {error}"
-    other = "spawn" if method == "forkserver" else "forkserver"
-    fix = f'A3C(…, start_method="{other}"), or fewer workers: A3C(…, n_workers={max(1, n_workers // 2)})'
-    return Finding("start", Level.PROBLEM, text, fix)
 
 
 def check_training(n_wanted: int, n_workers: int, n_steps: int, n_updates: int, seconds: float) -> Finding:
@@ -154,7 +124,7 @@ def check_training(n_wanted: int, n_workers: int, n_steps: int, n_updates: int, 
 
 def failed_training(error: Exception, n_workers: int) -> Finding:
     """``learn`` raised ``error``."""
-    fix = "--n-workers 0, which does the same in one process, for a debugger"
+    fix = "--n-workers 0, which does the same in one process, for a debugger; or another --start-method"
     if isinstance(error, WorkerDiedError) and n_workers > 1:
         fewer = n_workers // 2
         fix = f"--n-workers {fewer} if memory ran out (journalctl -k); else python -X faulthandler with --n-workers 0"

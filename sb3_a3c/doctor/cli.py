@@ -14,8 +14,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_a3c.a3c import A3C
 from sb3_a3c.doctor import checks
 from sb3_a3c.doctor.checks import Finding, Level, unknown
-from sb3_a3c.doctor.short_run import N_PUSHES, default_policy, gradient_mismatch, make_env, start_workers, train
-from sb3_a3c.processes.machine import available_memory, cpu_quota, file_limits, free_shared_memory, n_cores, n_open_files
+from sb3_a3c.doctor.short_run import N_PUSHES, default_policy, gradient_mismatch, make_env, train
+from sb3_a3c.processes.machine import available_memory, cpu_quota, free_shared_memory, n_cores
 from sb3_a3c.processes.start import process_context
 from sb3_a3c.store.shared_memory import SharedMemoryStore
 
@@ -57,7 +57,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--n-workers", type=int, help="as A3C's; default: one per core, at most one per environment")
     parser.add_argument("--policy", choices=sorted(A3C.policy_aliases), help="default: the LSTM policy for the observations")
     parser.add_argument("--start-method", choices=("forkserver", "spawn"), help="as A3C's; default: the platform's best")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for start, and for a rollout (default: 120)")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for a rollout (default: 120)")
     args = parser.parse_args(argv)
     if args.n_envs < 1:
         parser.error("--n-envs must be at least 1")
@@ -76,7 +76,6 @@ def findings(args: argparse.Namespace) -> Iterator[Finding]:
     n_workers = min(n_cores(), args.n_envs) if args.n_workers is None else args.n_workers
     yield versions()
     yield checks.check_cores(max(1, n_workers), n_cores(), cpu_quota())
-    yield checks.check_open_files(file_limits(), n_open_files(), n_workers, args.n_envs)
     try:
         env = make_env(args.env, args.n_envs)
     except Exception as error:
@@ -123,29 +122,16 @@ def _findings_in(env: VecEnv, n_workers: int, args: argparse.Namespace) -> Itera
     optimizer = type(model.policy.optimizer).__name__
     compared = f"{N_PUSHES} pushes moved {n_weights:,} shared weights exactly as torch's {optimizer}"
     yield checks.check_gradient(gradient_mismatch(model.policy, obs), compared)
-
-    start = _start(n_workers, args)
-    yield start
-    if start.level is Level.PROBLEM:
-        yield unknown("others", "they need workers")
-        return
     available = available_memory()
     try:
         short = train(model, args.timeout)
     except Exception as error:
         yield checks.failed_training(error, n_workers)
         return
+    if short.n_workers > 0:
+        method = process_context(args.start_method).get_start_method()
+        yield checks.check_start(short.n_workers, method, short.start_seconds)
     yield checks.check_training(n_workers, short.n_workers, short.n_steps, short.n_updates, short.seconds)
     usable_cores = max(1, int(min(n_cores(), cpu_quota() or n_cores())))
     yield checks.check_threads(short.n_threads, max(1, short.n_workers), usable_cores)
     yield checks.check_memory(short.memory, available)
-
-
-def _start(n_workers: int, args: argparse.Namespace) -> Finding:
-    if n_workers == 0:
-        return unknown("start", "without workers, nothing has to be started")
-    method = process_context(args.start_method).get_start_method()
-    try:
-        return checks.check_start(n_workers, method, start_workers(n_workers, args.start_method, args.timeout))
-    except Exception as error:
-        return checks.failed_start(n_workers, method, error)

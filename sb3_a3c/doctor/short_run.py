@@ -23,11 +23,8 @@ from sb3_a3c.a3c import A3C
 from sb3_a3c.actor_learner.loss import a3c_loss
 from sb3_a3c.envs.observations import Obs, as_tensor
 from sb3_a3c.policies.interface import as_recurrent
-from sb3_a3c.processes.channel import WorkerChannel
 from sb3_a3c.processes.machine import process_memory
-from sb3_a3c.processes.supervisor import Supervisor
 from sb3_a3c.store.shared_memory import SharedMemoryStore
-from sb3_a3c.workers.collector import PRELOAD
 
 #: Pushes that are compared. A gradient that is never cleared shows at the second.
 N_PUSHES = 3
@@ -42,7 +39,8 @@ class ShortRun:
     n_workers: int  #: worker processes; 0 if this process trained
     n_steps: int
     n_updates: int
-    seconds: float  #: since the workers were started
+    start_seconds: float  #: from the call of ``learn`` to the first rollout
+    seconds: float  #: since the processes were started
     n_threads: int  #: of torch; the maximum over the workers
     memory: list[int | None]  #: bytes of each worker
 
@@ -66,32 +64,6 @@ def default_policy(observation_space: gym.Space[Any]) -> str:
     if isinstance(observation_space, spaces.Dict):
         return "MultiInputLstmPolicy"
     return "CnnLstmPolicy" if is_image_space(observation_space) else "MlpLstmPolicy"
-
-
-def start_workers(n_workers: int, start_method: str | None, timeout: float) -> float:
-    """
-    Start processes as ``learn`` does, and stop them again.
-
-    :return: seconds until all had answered
-    :raises Exception: if one can't be started, ends or does not answer within ``timeout`` seconds
-    """
-    begin = time.monotonic()
-    supervisor = Supervisor(_say_hello, [()] * n_workers, start_method, PRELOAD)
-    silent = set(range(n_workers))
-    try:
-        supervisor.start()
-        while silent:
-            received = supervisor.receive(max(0.0, begin + timeout - time.monotonic()))
-            if not received:
-                raise TimeoutError(f"{len(silent)} of {n_workers} have not answered within {timeout:g} s")
-            silent -= {worker for worker, _ in received}
-        return time.monotonic() - begin
-    finally:
-        supervisor.stop()
-
-
-def _say_hello(channel: WorkerChannel) -> None:
-    channel.send("hello")
 
 
 def gradient_mismatch(policy: ActorCriticPolicy, obs: Obs) -> str | None:
@@ -149,6 +121,7 @@ def train(model: A3C, timeout: float) -> ShortRun:
     base.envs = [_Probe(env) for env in base.envs]
     model.max_worker_restarts = 0
     callback = _Measure(model.n_steps, base.num_envs, timeout)
+    begin = time.monotonic()
     try:
         model.learn(10**9, callback=callback)
     except Exception as error:
@@ -162,6 +135,7 @@ def train(model: A3C, timeout: float) -> ShortRun:
         n_workers=len(callback.pids - {os.getpid()}),
         n_steps=model.num_timesteps,
         n_updates=model._n_updates,
+        start_seconds=callback.first_step - begin,
         seconds=callback.seconds,
         n_threads=callback.n_threads,
         memory=callback.memory,
@@ -186,7 +160,7 @@ class _Measure(BaseCallback):
         self.pids: set[int] = set()
         self.n_threads = 0
         self.memory: list[int | None] = []
-        self.seconds = 0.0
+        self.seconds = self.first_step = 0.0
         self.timed_out = False
         self.timer = threading.Timer(timeout, self._kill_workers)
         self.timer.daemon = True
@@ -205,7 +179,9 @@ class _Measure(BaseCallback):
             self.pids.add(pid)
             self.n_threads = max(self.n_threads, n_threads)
             self.n_seen[info["env_index"]] += 1
-        self.seconds = time.monotonic() - self._begin
+        now = time.monotonic()
+        self.first_step = self.first_step or now
+        self.seconds = now - self._begin
         return bool(self.n_seen.min() < self.n_steps)
 
     def _on_training_end(self) -> None:

@@ -34,7 +34,9 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     Actor and critic over one LSTM. The gradients of *both* heads flow through it (in sb3-contrib's shared LSTM the
     critic's does not). Alias: ``MlpLstmPolicy``.
 
-    Parameters that are not listed are those of SB3's ``ActorCriticPolicy``; the features extractor is always shared.
+    Parameters that are not listed are those of SB3's ``ActorCriticPolicy``, in its order; the features extractor is always
+    shared. Shapes of the methods' parameters: ``obs`` (n_envs, …), ``state`` before the step, each part
+    (n_lstm_layers, n_envs, lstm_hidden_size), and ``episode_starts`` (n_envs,), bool; where True the state is zeroed first.
 
     :param net_arch: layers between the LSTM and the heads; default: none, the heads are linear
     :param lstm_hidden_size: number of hidden units of each LSTM layer
@@ -44,28 +46,21 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     :raises ValueError: if ``lstm_kwargs`` asks for a bidirectional, batch-first or projected LSTM
     """
 
+    #: The features extractor of this class unless another one is given.
+    default_features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor
+
     def __init__(
         self,
         observation_space: spaces.Space[Any],
         action_space: spaces.Space[Any],
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: type[nn.Module] = nn.Tanh,
-        ortho_init: bool = True,
-        use_sde: bool = False,
-        log_std_init: float = 0.0,
-        full_std: bool = True,
-        use_expln: bool = False,
-        squash_output: bool = False,
-        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
-        features_extractor_kwargs: dict[str, Any] | None = None,
-        normalize_images: bool = True,
-        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
-        optimizer_kwargs: dict[str, Any] | None = None,
+        *args: Any,
         lstm_hidden_size: int = 256,
         n_lstm_layers: int = 1,
         lstm_kwargs: dict[str, Any] | None = None,
         channels_last: bool = True,
+        **kwargs: Any,
     ) -> None:
         self.channels_last = channels_last
         self.lstm_hidden_size = lstm_hidden_size
@@ -74,24 +69,8 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         for name in ("bidirectional", "batch_first", "proj_size"):
             if self.lstm_kwargs.get(name):
                 raise ValueError(f"lstm_kwargs: `{name}` is not possible in a policy that acts step by step; leave it out.")
-        super().__init__(
-            observation_space,
-            action_space,
-            lr_schedule,
-            [] if net_arch is None else net_arch,
-            activation_fn,
-            ortho_init,
-            use_sde,
-            log_std_init,
-            full_std,
-            use_expln,
-            squash_output,
-            features_extractor_class,
-            features_extractor_kwargs,
-            normalize_images=normalize_images,
-            optimizer_class=optimizer_class,
-            optimizer_kwargs=optimizer_kwargs,
-        )
+        kwargs.setdefault("features_extractor_class", self.default_features_extractor_class)
+        super().__init__(observation_space, action_space, lr_schedule, net_arch or [], *args, **kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -153,9 +132,6 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         """
         One step of ``n_envs`` environments.
 
-        :param obs: (n_envs, …)
-        :param state: state before the step
-        :param episode_starts: (n_envs,), bool; where True the state is zeroed first
         :param deterministic: take the mode instead of a sample
         :return: actions (n_envs, …), values (n_envs, 1), log-probabilities (n_envs,), and the state after the step
         """
@@ -172,9 +148,6 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         """
         One step without log-probabilities, which acting does not need.
 
-        :param obs: (n_envs, …)
-        :param state: state before the step
-        :param episode_starts: (n_envs,), bool; where True the state is zeroed first
         :param cache: records the step for :meth:`evaluate_actions`
         :return: actions (n_envs, …), values (n_envs, 1), and the state after the step
         """
@@ -222,12 +195,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     def predict_values(  # type: ignore[override]
         self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor
     ) -> th.Tensor:
-        """
-        :param obs: (n_envs, …)
-        :param state: state before the step
-        :param episode_starts: (n_envs,), bool
-        :return: values (n_envs, 1)
-        """
+        """:return: values (n_envs, 1)"""
         latent, _ = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts[None])
         values: th.Tensor = self.value_net(self.mlp_extractor.forward_critic(latent))
         return values
@@ -235,12 +203,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     def get_distribution(  # type: ignore[override]
         self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor
     ) -> tuple[Distribution, LstmState]:
-        """
-        :param obs: (n_envs, …)
-        :param state: state before the step
-        :param episode_starts: (n_envs,), bool
-        :return: the distribution of actions, and the state after the step
-        """
+        """:return: the distribution of actions, and the state after the step"""
         latent, state = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts[None])
         return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent)), state
 
@@ -283,17 +246,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
 class LstmActorCriticCnnPolicy(LstmActorCriticPolicy):
     """As :class:`LstmActorCriticPolicy`, for images: :class:`BabyCNN` before the LSTM. Alias: ``CnnLstmPolicy``."""
 
-    def __init__(
-        self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Space[Any],
-        lr_schedule: Schedule,
-        *,
-        features_extractor_class: type[BaseFeaturesExtractor] = BabyCNN,
-        **kwargs: Any,
-    ) -> None:
-        kwargs["features_extractor_class"] = features_extractor_class
-        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
+    default_features_extractor_class = BabyCNN
 
 
 class LstmMultiInputActorCriticPolicy(LstmActorCriticPolicy):
@@ -302,17 +255,7 @@ class LstmMultiInputActorCriticPolicy(LstmActorCriticPolicy):
     Alias: ``MultiInputLstmPolicy``.
     """
 
-    def __init__(
-        self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Space[Any],
-        lr_schedule: Schedule,
-        *,
-        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
-        **kwargs: Any,
-    ) -> None:
-        kwargs["features_extractor_class"] = features_extractor_class
-        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
+    default_features_extractor_class = CombinedExtractor
 
 
 MlpLstmPolicy = LstmActorCriticPolicy

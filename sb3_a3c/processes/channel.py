@@ -1,7 +1,4 @@
-"""
-A worker process's end of its line to the main process, and the body of every worker process. ``supervisor`` has the
-other end, and a picture of the whole.
-"""
+"""The worker's side of the communication with the main process. See ``supervisor`` for the main process's side."""
 
 import contextlib
 import multiprocessing
@@ -19,22 +16,22 @@ from typing import Any, NamedTuple
 import cloudpickle
 import torch as th
 
-Pipe = connection.Connection  # multiprocessing's, one end of it
+Pipe = connection.Connection  # one end of a pipe
 
 
 class Returned(NamedTuple):
-    """The worker's function has returned."""
+    """The worker's target function has returned."""
 
 
 class Raised(NamedTuple):
-    """The worker's function has raised."""
+    """The worker's target function, or its handler of requests, has raised."""
 
     exception: BaseException
     traceback: str
 
 
 class Request(NamedTuple):
-    """A message to a worker that wants an answer."""
+    """A message to a worker that must be answered."""
 
     number: int
     content: bytes
@@ -49,7 +46,7 @@ class Answer(NamedTuple):
 
 
 class WorkerChannel:
-    """A worker's end of its line. The first argument of its function."""
+    """The first argument of a worker's target function: sends to and receives from the main process."""
 
     def __init__(self, pipe: "Pipe[Any, Any]", inbox: "queue.SimpleQueue[bytes]", flags: th.Tensor, index: int) -> None:
         self._pipe = pipe
@@ -58,21 +55,17 @@ class WorkerChannel:
         self._heartbeat = flags[1 + index : 2 + index].numpy()
 
     def send(self, message: Any) -> None:
-        """
-        Wait until the main process has room for the message, and send it.
-
-        :param message: anything that pickle or cloudpickle can pickle
-        """
+        """Send anything that pickle or cloudpickle can pickle. Blocks while the pipe is full."""
         self._send_bytes(dumps(message))
 
     def serve(self, handler: Callable[[Any], Any], timeout: float | None = 0.0) -> bool:
         """
-        Take one message out of the inbox, and hand it to ``handler``. If the main process has asked for an answer, it
-        gets what ``handler`` returns, or raises.
+        Take one message out of the inbox and call ``handler`` with it. If the message is a request, what ``handler``
+        returns or raises is sent as the answer.
 
         :param handler: called with the message
-        :param timeout: seconds to wait for a message; None: until one comes, or a stop is requested
-        :return: whether there was anything in the inbox
+        :param timeout: seconds to wait for a message; None waits until one arrives or a stop is requested
+        :return: whether there was a message
         """
         try:
             message = pickle.loads(self._inbox.get(timeout != 0, timeout))
@@ -80,7 +73,7 @@ class WorkerChannel:
             return False
         if isinstance(message, Request):
             self._answer(handler, message)
-        elif message is not None:  # None only wakes
+        elif message is not None:  # None only wakes the worker
             handler(message)
         return True
 
@@ -95,23 +88,19 @@ class WorkerChannel:
         try:
             self._pipe.send_bytes(data)
         except (BrokenPipeError, ConnectionResetError):
-            os._exit(1)  # the main process does not listen any more
+            os._exit(1)  # the main process is gone
 
     def stopped(self) -> bool:
-        """:return: whether the main process wants this worker to end"""
+        """Whether the main process wants this worker to end."""
         return bool(self._stop_flag[0])
 
     def works(self) -> bool:
-        """
-        The worker begins a piece of work, which must not take longer than the supervisor's ``timeout``.
-
-        :return: as :meth:`stopped`
-        """
+        """Record a heartbeat: the next one, or :meth:`rests`, must follow within ``timeout``. Returns :meth:`stopped`."""
         self._heartbeat[0] = time.monotonic_ns()  # one clock for all processes of a machine
         return bool(self._stop_flag[0])
 
     def rests(self) -> None:
-        """The worker works no more, and may now wait as long as it likes."""
+        """Clear the heartbeat: from now on the worker may wait for any time."""
         self._heartbeat[0] = 0
 
 
@@ -123,10 +112,10 @@ def worker_process(
     index: int,
     arguments: tuple[Any, ...],
 ) -> None:
-    """Body of every worker process."""
+    """Entry point of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the main process stops the workers
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # whatever the environment wants with it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked during the start; an environment may use it
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_empty_inbox, args=(inbox, messages), daemon=True).start()
     channel = WorkerChannel(pipe, messages, flags, index)
@@ -138,7 +127,7 @@ def worker_process(
 
 
 def _empty_inbox(inbox: "Pipe[Any, Any]", messages: "queue.SimpleQueue[bytes]") -> None:
-    """Thread of a worker: what the main process sends is taken at once, so that it need not wait. Ends with that process."""
+    """A thread that reads messages as they arrive, so that the main process never blocks. Exits when that process does."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     with contextlib.suppress(EOFError, OSError):
@@ -149,23 +138,18 @@ def _empty_inbox(inbox: "Pipe[Any, Any]", messages: "queue.SimpleQueue[bytes]") 
 
 def _raised(exception: BaseException) -> Raised:
     text = traceback.format_exc()
-    return Raised(_picklable(exception), text)
-
-
-def _picklable(exception: BaseException) -> BaseException:
-    """The exception itself if it survives a journey, else one that says what it was."""
     exception.__traceback__ = None
     try:
         copy = pickle.loads(dumps(exception))
         if type(copy) is type(exception) and isinstance(exception, Exception):  # SystemExit would end the user's program
-            return exception
+            return Raised(exception, text)
     except Exception:
         pass
-    return RuntimeError(f"{type(exception).__name__}: {exception}")
+    return Raised(RuntimeError(f"{type(exception).__name__}: {exception}"), text)  # the exception can't be pickled
 
 
 def dumps(message: Any) -> bytes:
-    """As bytes; cloudpickle where pickle can't (classes of a script or a notebook)."""
+    """Pickle a message; by cloudpickle where pickle can't (classes of a script or a notebook)."""
     try:
         return pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     except (pickle.PicklingError, AttributeError, TypeError):

@@ -1,60 +1,53 @@
-"""Ctrl-C and SIGTERM at moments when they do no harm: what was received is counted."""
+"""Defers Ctrl-C and SIGTERM to the end of a block that must not be interrupted."""
 
 import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from signal import SIGINT, SIGTERM
 from typing import Any
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[threading.Event]:
     """
-    A SIGINT that arrives inside this block is handled at its end, and so is a SIGTERM for which the user has a handler. (In
-    other threads Python handles none anyway.)
+    Defer a SIGINT, and a SIGTERM for which the user has a handler, to the end of this block. In threads other than the main
+    one this does nothing, because signals never interrupt them.
 
     :return: set as soon as a SIGINT arrives
     """
     interrupted = threading.Event()
-    interrupts: list[Any] = []
-    terminations: list[Any] = []
-    on_interrupt, on_terminate = _handler(signal.SIGINT), _handler(signal.SIGTERM)
+    handlers: dict[int, Callable[[int, Any], Any]] = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: handler for number in (SIGINT, SIGTERM) if callable(handler := signal.getsignal(number))}
+    frames: dict[int, Any] = {}  # where each signal arrived first
     is_over = False
 
-    def deferred(handler: Callable[[int, Any], Any], arrived: list[Any]) -> Callable[[int, Any], Any]:
-        def note(number: int, frame: Any) -> None:
-            if is_over:  # another handler has raised before this one was taken away
-                handler(number, frame)
-            else:
-                arrived.append(frame)
-                if arrived is interrupts:
-                    interrupted.set()
-
-        return note
+    def defer(number: int, frame: Any) -> None:
+        if is_over:  # the other signal's handler has raised before this one was removed
+            handlers[number](number, frame)
+            return
+        frames.setdefault(number, frame)
+        if number == SIGINT:
+            interrupted.set()
 
     try:
-        if on_interrupt:
-            signal.signal(signal.SIGINT, deferred(on_interrupt, interrupts))
-        if on_terminate:
-            signal.signal(signal.SIGTERM, deferred(on_terminate, terminations))
+        for number in handlers:
+            signal.signal(number, defer)
         yield interrupted
     finally:
         is_over = True
-        try:
-            if on_interrupt:
-                signal.signal(signal.SIGINT, on_interrupt)
+        try:  # a handler that raises must not keep the other signal from being handled
+            if SIGINT in handlers:
+                signal.signal(SIGINT, handlers[SIGINT])
         finally:
-            if on_terminate:
-                signal.signal(signal.SIGTERM, on_terminate)
-        try:
-            if on_interrupt and interrupts:
-                on_interrupt(signal.SIGINT, interrupts[0])
-        finally:
-            if on_terminate and terminations:
-                on_terminate(signal.SIGTERM, terminations[0])
-
-
-def _handler(number: signal.Signals) -> Callable[[int, Any], Any] | None:
-    """Python's, if this thread is the one that runs it."""
-    handler = signal.getsignal(number)
-    return handler if callable(handler) and threading.current_thread() is threading.main_thread() else None
+            try:
+                if SIGTERM in handlers:
+                    signal.signal(SIGTERM, handlers[SIGTERM])
+            finally:
+                try:
+                    if SIGINT in frames:
+                        handlers[SIGINT](SIGINT, frames[SIGINT])
+                finally:
+                    if SIGTERM in frames:
+                        handlers[SIGTERM](SIGTERM, frames[SIGTERM])

@@ -1,8 +1,8 @@
 """
-How worker processes start: quickly, and whatever the main script is.
+Starts worker processes quickly, without importing the main script.
 
-A fork server of our own imports torch once for all workers. The one that multiprocessing shares between all its users
-may have been started by somebody else (a ``SubprocVecEnv``), without torch, and each worker would then take seconds.
+A fork server of our own imports torch once for all workers. The one that multiprocessing shares between all its users may
+already run without torch (for a ``SubprocVecEnv``), and each worker would then take seconds to import it.
 """
 
 import contextlib
@@ -16,14 +16,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 _starting = threading.Lock()
-_server: Any = None  # the fork server, once there is one
+_server: Any = None  # our multiprocessing.forkserver.ForkServer, once it was needed
 
 
 def process_context(start_method: str | None) -> Any:
-    """
-    :param start_method: "forkserver" or "spawn"; None takes the first that the platform has
-    :return: a context of :mod:`multiprocessing`
-    """
+    """A context of :mod:`multiprocessing`; by default "forkserver" if the platform has it, else "spawn"."""
     available = multiprocessing.get_all_start_methods()
     return multiprocessing.get_context(start_method or ("forkserver" if "forkserver" in available else "spawn"))
 
@@ -31,31 +28,28 @@ def process_context(start_method: str | None) -> Any:
 @contextlib.contextmanager
 def prepared_start(context: Any, preload: Sequence[str]) -> Iterator[None]:
     """
-    Processes are to be started inside this block.
+    Start processes inside this block.
 
     :param context: their context
     :param preload: names of modules that a new fork server imports once for all its children
     """
-    with _starting, _without_main_module(), _deaf_to_ctrl_c():
-        if context.get_start_method() == "forkserver":
-            with _own_fork_server(preload):
-                yield
-        else:
-            yield
+    server = _own_fork_server(preload) if context.get_start_method() == "forkserver" else contextlib.nullcontext()
+    with _starting, _without_main_module(), _sigint_blocked(), server:
+        yield
 
 
 @contextlib.contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
+def _sigint_blocked() -> Iterator[None]:
     """
-    A terminal sends Ctrl-C to all processes, also to those that have not come so far as to ignore it: a fork server that
-    still imports would end, with a traceback. What starts inside this block inherits that SIGINT is blocked.
+    Block SIGINT in processes that start inside this block: they inherit the mask. A terminal sends Ctrl-C to all processes,
+    and a fork server that still imports does not ignore it yet: it would end with a traceback.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     from multiprocessing import resource_tracker
 
-    resource_tracker.ensure_running()  # its start would end the block
+    resource_tracker.ensure_running()  # starting it unblocks SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -80,7 +74,7 @@ def _own_fork_server(preload: Sequence[str]) -> Iterator[None]:
 
 
 def _forget_fork_server() -> None:
-    """A forked process can't wait for its parent's child: it needs a fork server, and a lock, of its own."""
+    """In a forked process: its parent's fork server is not its child and can't be waited for, so it starts another."""
     global _server, _starting
     _server, _starting = None, threading.Lock()
 
@@ -92,11 +86,11 @@ if hasattr(os, "register_at_fork"):
 @contextlib.contextmanager
 def _without_main_module() -> Iterator[None]:
     """
-    Processes that start now do not import the main script: it needs no ``if __name__ == "__main__":`` guard, and may as
-    well be a notebook or standard input. What a worker needs of it comes by value, through cloudpickle.
+    Keep processes that start inside this block from importing the main script: it needs no ``if __name__ == "__main__":``
+    and may be a notebook or standard input. Cloudpickle sends what a worker needs of it by value.
     """
     main = sys.modules["__main__"]
-    if multiprocessing.parent_process() is None:  # else this process was itself started with a main script fit for import
+    if multiprocessing.parent_process() is None:  # else this process has itself imported the main script
         sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield

@@ -1,19 +1,19 @@
 """
-Starts, watches and stops processes that all run one function. Knows no reinforcement learning.
+Starts, watches, replaces and stops worker processes, which all run one function.
 
 Who reads and writes what, for each worker process::
 
     main process                                       worker process
       arguments ─────────── at the start ────────────► target(channel, *arguments)
-      receive() ◄────────── messages, a pipe of its own ◄── channel.send()
-      send(), ask() ─────── inbox, a pipe of its own ────► channel.serve(), whose answers to ask() go back with the messages
+      receive() ◄────────── messages and answers, a pipe ── channel.send(), channel.serve()
+      send(), ask() ─────── inbox, a pipe ───────────────► channel.serve()
       receive() ◄────────── sentinel: the process has ended
       request_stop() ────── stop flag, shared memory ────► channel.stopped()
       timeout ◄──────────── heartbeat, shared memory ───── channel.works(), channel.rests()
 
-Workers share no queue, lock or semaphore: one that is killed while it holds such a thing would stop all the others. The
-pipes are bounded by the operating system. So a worker waits in ``send`` while nobody reads; the main process does not,
-because a thread of the worker empties its inbox.
+Workers share no queue, lock or semaphore: a worker killed while it holds one would stop all the others. The operating system
+bounds the pipes, so ``channel.send()`` blocks while the main process does not read. The main process never blocks, because a
+thread of the worker empties its inbox.
 """
 
 import contextlib
@@ -37,29 +37,21 @@ from sb3_a3c.processes.channel import Answer, Pipe, Raised, Request, Returned, d
 from sb3_a3c.processes.signals import uninterrupted
 from sb3_a3c.processes.start import prepared_start, process_context
 
-#: Seconds between two looks at the heartbeats.
+#: Seconds between two checks of the heartbeats.
 LOOK_SECONDS = 1.0
-#: Seconds that a worker is given to end by itself, and then to follow SIGTERM, before it is killed.
+#: Seconds that workers have to end by themselves, and then after SIGTERM, before they are killed.
 STOP_SECONDS = 1.0
-
-
-_HUNG = (
-    "it had not come further for {:g} s. Does the environment wait for something that never comes? If its steps may take so "
-    "long, raise `worker_timeout`."
-)
 
 
 class Supervisor:
     """
-    Processes that run ``target(channel, *arguments[i])``.
+    Worker processes that run ``target(channel, *arguments[i])``.
 
     :param target: a function that can be imported, or that cloudpickle can pickle
-    :param arguments: one tuple for each process; what it holds goes through multiprocessing's pickler, so that shared
-        tensors stay shared
-    :param start_method: "forkserver" or "spawn"; None takes the first that the platform has
+    :param arguments: one tuple for each process, pickled by multiprocessing, so that shared tensors stay shared
+    :param start_method: "forkserver" or "spawn"; by default the first that the platform has
     :param preload: names of modules that a new fork server imports once for all its children
-    :param timeout: seconds that a worker may take for a piece of work (:meth:`WorkerChannel.works`) before it is killed;
-        None for ever
+    :param timeout: seconds after which a worker without a new heartbeat (:meth:`WorkerChannel.works`) is killed; None: never
     """
 
     def __init__(
@@ -79,19 +71,20 @@ class Supervisor:
         self._heartbeats = self._flags[1:].numpy()
         self._timeout = timeout
         self._next_look = 0.0
-        self._hung: set[int] = set()  # workers that were killed because their heart had stopped
-        self._processes: dict[int, ForkServerProcess | SpawnProcess] = {}  # by worker
-        self._pipes: dict[Pipe[Any, Any], int] = {}  # the open ones, and whose they are
-        self._inboxes: dict[int, Pipe[Any, Any]] = {}  # by worker
-        self._received: list[tuple[int, Any]] = []  # messages for the next call of receive
-        self._answers: dict[int, Answer] = {}  # by worker
+        # these dictionaries and sets are by worker
+        self._processes: dict[int, ForkServerProcess | SpawnProcess] = {}
+        self._pipes: dict[int, Pipe[Any, Any]] = {}  # the open ones
+        self._inboxes: dict[int, Pipe[Any, Any]] = {}
+        self._answers: dict[int, Answer] = {}
+        self._hung: set[int] = set()  # killed after `timeout`
+        self._ended: set[int] = set()  # returned, raised or dead
+        self._received: list[tuple[int, Any]] = []  # messages for the next call of `take`
+        self._failures: list[BaseException] = []  # to be raised once each
         self._request_numbers = itertools.count()
-        self._ended: set[int] = set()  # workers that need not be heard any more: finished, or their failure is known
-        self._failures: list[BaseException] = []  # to be raised, each once
-        util.Finalize(self, _let_go, (self._processes,), exitpriority=0)
+        util.Finalize(self, _detach, (self._processes,), exitpriority=0)
 
     def start(self) -> None:
-        """Start all processes. If one can't be started, none is left."""
+        """Start all processes. If one can't be started, stop the others."""
         try:
             for index, arguments in enumerate(self._arguments):
                 self._start(index, arguments)
@@ -100,15 +93,9 @@ class Supervisor:
             raise
 
     def replace(self, index: int, arguments: tuple[Any, ...]) -> None:
-        """
-        Start a process in the place of one that has died, after its death was raised.
-
-        :param index: of the worker
-        :param arguments: of the new process
-        """
-        for pipe in [pipe for pipe, owner in self._pipes.items() if owner == index]:
-            pipe.close()  # where children of the dead process keep its other end open
-            del self._pipes[pipe]
+        """Start a process in place of worker ``index``, whose :class:`WorkerDiedError` was raised."""
+        if index in self._pipes:  # children of the dead process keep the other end open
+            self._pipes.pop(index).close()
         self._inboxes.pop(index).close()
         self._processes.pop(index).close()
         self._heartbeats[index] = 0
@@ -117,10 +104,8 @@ class Supervisor:
         self._ended.discard(index)
 
     def _start(self, index: int, arguments: tuple[Any, ...]) -> None:
-        reader, writer = self._context.Pipe(duplex=False)
-        inbox_reader, inbox_writer = self._context.Pipe(duplex=False)
-        self._pipes[reader] = index
-        self._inboxes[index] = inbox_writer
+        self._pipes[index], writer = self._context.Pipe(duplex=False)
+        inbox_reader, self._inboxes[index] = self._context.Pipe(duplex=False)
         process = self._context.Process(
             target=worker_process,
             args=(self._target, writer, inbox_reader, self._flags, index, arguments),
@@ -136,74 +121,58 @@ class Supervisor:
 
     @property
     def ended(self) -> set[int]:
-        """The workers that have ended; none as long as something that was sent, or a failure, is still to be received."""
+        """Workers that have ended. Empty while a message or a failure of any worker is still to be received."""
         return set() if self._failures or self._received else set(self._ended)
 
     @property
     def finished(self) -> bool:
-        """Whether every worker has ended and all that it sent (messages, or its failure) has been received."""
+        """Whether all workers have ended and all their messages and failures have been received."""
         return len(self.ended) == len(self._arguments)
 
     @property
     def pids(self) -> list[int]:
-        """Process ids, in order of the arguments."""
+        """Process ids, in order of the workers."""
         return [self._processes[index].pid or -1 for index in sorted(self._processes)]
 
     def wait(self, timeout: float | None = None) -> None:
         """
-        Wait until at least one message has come, or all workers have finished.
+        Wait until there is at least one message, all workers have finished, or ``timeout`` seconds have passed.
 
-        :param timeout: seconds to wait at most
-        :raises WorkerDiedError: if a worker ended without having finished, and all that others had sent before was received
+        :raises WorkerDiedError: if a worker died, once all messages received before have been taken
         :raises BaseException: what a worker raised, likewise
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         while not self._received and not self.finished:
             if self._failures:
                 raise self._failures.pop(0)
-            if not self._listen(None if deadline is None else max(0.0, deadline - time.monotonic())):
+            if not self._listen(deadline):
                 break
 
     def receive(self, timeout: float | None = None) -> list[tuple[int, Any]]:
-        """
-        :meth:`wait`, and take what has come.
-
-        :param timeout: seconds to wait at most
-        :return: as :meth:`take`; empty after the timeout or at the end
-        :raises BaseException: as :meth:`wait`
-        """
+        """:meth:`wait`, then :meth:`take`. Empty after the timeout, and when all workers have finished."""
         self.wait(timeout)
         return self.take()
 
     def take(self) -> list[tuple[int, Any]]:
-        """
-        :return: what has come, without waiting: (index of the worker, message), those of one worker in order
-        """
+        """Messages received so far, as (index of the worker, message). Those of one worker are in order."""
         received, self._received = self._received, []
         return received
 
     def send(self, index: int, message: Any) -> None:
-        """
-        Put a message into a worker's inbox. If the worker has ended, nothing happens.
-
-        :param index: of the worker
-        :param message: anything that pickle or cloudpickle can pickle
-        """
-        with contextlib.suppress(OSError, KeyError):  # the latter if it could not be replaced
+        """Put a message into a worker's inbox. Does nothing if the worker has ended."""
+        with contextlib.suppress(OSError, KeyError):  # KeyError if it could not be replaced
             self._inboxes[index].send_bytes(dumps(message))
 
     def ask(self, requests: Mapping[int, Any], on_death: Callable[[WorkerDiedError], None] | None = None) -> dict[int, Any]:
         """
-        Put a message into the inbox of some workers and wait for their answers. Messages that come meanwhile are kept for
-        :meth:`receive`.
+        Send requests to some workers and wait for their answers. Other messages are kept for :meth:`receive`.
 
-        :param requests: for each worker asked its message
-        :param on_death: replaces a worker that has died, or raises; a new one that is asked gets the message again
-        :return: for each its answer
-        :raises WorkerDiedError: without ``on_death``, if a worker ended without having finished; :meth:`receive` will say
-            so too
-        :raises RuntimeError: if a worker that was asked has finished
-        :raises BaseException: what a worker raised; :meth:`receive` will say so too. Or instead of an answer
+        :param requests: by worker
+        :param on_death: replaces a worker that has died, or raises; the new worker gets the request again
+        :return: answers by worker
+        :raises WorkerDiedError: without ``on_death``, if a worker died; :meth:`receive` raises it again
+        :raises RuntimeError: if a worker that was asked has ended
+        :raises BaseException: what a worker raised; if that ended the worker, :meth:`receive` raises it again
         """
         number = next(self._request_numbers)
         for index, content in requests.items():
@@ -220,8 +189,8 @@ class Supervisor:
                     self.send(death.worker, Request(number, dumps(requests[death.worker])))
                 continue
             if waiting & self._ended:
-                raise RuntimeError(f"Worker {min(waiting & self._ended)} has finished and can't answer any more")
-            self._listen(None)
+                raise RuntimeError(f"Worker {min(waiting & self._ended)} has ended and can't answer any more.")
+            self._listen(math.inf)
         answers = {index: self._answers.pop(index) for index in requests}
         for index, answer in answers.items():
             if answer.raised is not None:
@@ -236,9 +205,9 @@ class Supervisor:
 
     def stop(self, hurry: threading.Event | None = None) -> None:
         """
-        End all processes, by force if they take longer than ``STOP_SECONDS``, and free what was used for them.
+        End all processes, by force if they take longer than ``STOP_SECONDS``, and free their resources.
 
-        :param hurry: set by a second Ctrl-C; then by force at once
+        :param hurry: set by a second Ctrl-C: by force at once
         """
         self.request_stop()
         try:
@@ -250,13 +219,13 @@ class Supervisor:
                     process.kill()
                 process.join()
                 process.close()
-            for pipe in [*self._pipes, *self._inboxes.values()]:
+            for pipe in [*self._pipes.values(), *self._inboxes.values()]:
                 pipe.close()
             self._pipes, self._inboxes, self._processes = {}, {}, {}
 
     def _discard_messages(self, deadline: float) -> None:
-        """Let workers that wait in ``send`` go on, until each has closed its pipe."""
-        pipes = list(self._pipes)
+        """Unblock workers that wait in ``send``, until all have closed their pipes."""
+        pipes = list(self._pipes.values())
         while pipes and time.monotonic() < deadline:
             for pipe in connection.wait(pipes, max(0.0, deadline - time.monotonic())):
                 assert isinstance(pipe, connection.Connection)
@@ -275,93 +244,92 @@ class Supervisor:
         for process in self._processes.values():
             process.join(max(0.0, deadline - time.monotonic()))
 
-    def _sentinels(self) -> list[int]:
-        return [process.sentinel for index, process in self._processes.items() if index not in self._ended]
-
-    def _listen(self, timeout: float | None) -> bool:
-        """Take in what comes next, from all that have something to say; False if nothing came in time."""
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
+    def _listen(self, deadline: float) -> bool:
+        """Wait for messages and deaths; read one message of each worker that has sent any. False after ``deadline``."""
         ready: list[Any] = []
         while not ready:
-            self._kill_the_hung()
-            now = time.monotonic()
-            wait = min(deadline - now, math.inf if self._timeout is None else LOOK_SECONDS)
-            ready = connection.wait([*self._pipes, *self._sentinels()], None if wait == math.inf else max(0.0, wait))
+            self._kill_hung_workers()
+            sentinels = [process.sentinel for index, process in self._processes.items() if index not in self._ended]
+            wait = min(deadline - time.monotonic(), math.inf if self._timeout is None else LOOK_SECONDS)
+            ready = connection.wait([*self._pipes.values(), *sentinels], None if wait == math.inf else max(0.0, wait))
             if not ready and time.monotonic() >= deadline:
                 return False
         with uninterrupted():
-            for pipe in [pipe for pipe in self._pipes if pipe in ready]:
-                self._read(pipe)
+            for index, pipe in list(self._pipes.items()):
+                if pipe in ready:
+                    self._read(index, pipe)
             for index, process in self._processes.items():
                 if process.sentinel in ready and index not in self._ended:
-                    self._bury(index, process)
+                    self._record_death(index, process)
         return True
 
-    def _kill_the_hung(self) -> None:
-        """Of those that have worked on the same piece for too long, nobody knows what they wait for."""
+    def _kill_hung_workers(self) -> None:
+        """Kill workers whose last heartbeat is older than ``timeout``."""
         late = time.monotonic() - self._next_look
         if self._timeout is None or late < 0:
             return
         self._next_look = time.monotonic() + LOOK_SECONDS
         if late > 10 * LOOK_SECONDS:
-            return  # this process has stood still itself, as after Ctrl-Z: so may they have
-        too_long_ago = time.monotonic_ns() - int(self._timeout * 1e9)
+            return  # this process was stopped, as by Ctrl-Z; the workers probably were, too
+        oldest = time.monotonic_ns() - int(self._timeout * 1e9)
         for index, process in self._processes.items():
-            if 0 < self._heartbeats[index] < too_long_ago and index not in self._ended:
+            if 0 < self._heartbeats[index] < oldest and index not in self._ended:
                 self._hung.add(index)
                 process.kill()
 
-    def _read(self, pipe: "Pipe[Any, Any]") -> None:
-        """Take in the next message of a pipe that is ready; none at its end."""
-        index = self._pipes[pipe]
-        data = b""
-        with contextlib.suppress(EOFError, OSError):  # the latter if the worker was killed in mid-message
+    def _read(self, index: int, pipe: "Pipe[Any, Any]") -> None:
+        """Read one message from a pipe that is ready, or close the pipe at its end."""
+        try:
             data = pipe.recv_bytes()
-        if not data:  # its end
-            pipe.close()
-            del self._pipes[pipe]
-        message = pickle.loads(data) if data else None
-        if isinstance(message, Returned):
-            self._ended.add(index)
-        elif isinstance(message, Raised):
-            self._ended.add(index)
-            self._failures.append(_with_cause(index, message))
-        elif isinstance(message, Answer):
-            self._answers[index] = message
-        elif data:
-            self._received.append((index, message))
+        except (EOFError, OSError):  # OSError if the worker was killed while it sent a message
+            self._pipes.pop(index).close()
+            return
+        match message := pickle.loads(data):
+            case Returned():
+                self._ended.add(index)
+            case Raised():
+                self._ended.add(index)
+                self._failures.append(_with_cause(index, message))
+            case Answer():
+                self._answers[index] = message
+            case _:
+                self._received.append((index, message))
 
-    def _bury(self, index: int, process: ForkServerProcess | SpawnProcess) -> None:
-        """Of a worker whose process has ended: note its death, once it has nothing more to say."""
-        for pipe in [pipe for pipe, owner in self._pipes.items() if owner == index]:
-            if pipe.poll():
-                return  # its last words are read first; its own children may keep the pipe open after them
+    def _record_death(self, index: int, process: ForkServerProcess | SpawnProcess) -> None:
+        if index in self._pipes and self._pipes[index].poll():
+            return  # its final messages are read first; not up to the pipe's end, as its children may keep the pipe open
         process.join()
         self._ended.add(index)
-        how = f"was killed, as {_HUNG.format(self._timeout)}" if index in self._hung else _how_it_ended(process.exitcode)
+        if index in self._hung:
+            how = (
+                f"was killed because it made no progress for {self._timeout:g} s. Does the environment wait for something "
+                "that never comes? If a step may take that long, raise `worker_timeout`."
+            )
+        else:
+            how = _how_it_ended(process.exitcode)
         death = WorkerDiedError(f"Worker {index} {how}")
         death.worker = index
         self._failures.append(death)
 
 
-def _let_go(processes: "dict[int, ForkServerProcess | SpawnProcess]") -> None:
+def _detach(processes: "dict[int, ForkServerProcess | SpawnProcess]") -> None:
     """
-    When the program ends while a daemon thread trains, multiprocessing would wait for the workers, and they for the thread.
-    They end by themselves once this process has.
+    At interpreter exit, keep multiprocessing from joining the workers of a daemon thread that still trains, which would
+    never return. They exit by themselves when this process has.
     """
     for worker in list(processes.values()):
         multiprocessing.process._children.discard(worker)  # type: ignore[attr-defined]
 
 
 def _with_cause(index: int, raised: Raised) -> BaseException:
-    """A worker's exception, which names its traceback as cause."""
+    """A worker's exception, with its traceback as the cause."""
     raised.exception.__cause__ = RemoteTraceback(f"In worker {index}:\n{raised.traceback}")
     return raised.exception
 
 
 def _how_it_ended(exitcode: int | None) -> str:
     if exitcode is None or exitcode >= 0:
-        return f"exited with code {exitcode} without finishing. Did the environment call os._exit() or sys.exit()?"
+        return f"exited with code {exitcode} before its function returned. Did the environment call os._exit()?"
     try:
         name = signal.Signals(-exitcode).name
     except ValueError:

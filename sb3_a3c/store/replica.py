@@ -69,7 +69,6 @@ class SharedMemoryReplica:
         self.pull()
 
     def pull(self) -> None:
-        """As :meth:`Replica.pull`."""
         self._seen_updates = self._updates_by_others()
         for _ in range(MAX_COPIES):
             self._local_bytes.copy_(self._shared_bytes)
@@ -84,7 +83,6 @@ class SharedMemoryReplica:
         self._pull_buffers()
 
     def push(self) -> int | None:
-        """As :meth:`Replica.push`."""
         if not all_finite(self._finite_buffers):
             return None
         for parameter, shared in self._shared_of.items():
@@ -102,12 +100,10 @@ class SharedMemoryReplica:
         return staleness
 
     def discard(self) -> None:
-        """As :meth:`Replica.discard`."""
         self._policy.zero_grad()
         self._pull_buffers()
 
     def reserve(self, n_transitions: int) -> float | None:
-        """As :meth:`Replica.reserve`."""
         reserved = self._counters[:, Counter.RESERVED]
         if self._steps_before + int(reserved.sum()) >= self._total_steps:
             return None
@@ -115,16 +111,13 @@ class SharedMemoryReplica:
         return max(0.0, 1.0 - (self._steps_before + int(reserved.sum())) / self._total_steps)
 
     def is_my_turn(self) -> bool:
-        """As :meth:`Replica.is_my_turn`."""
         turns, me = self._counters[:, Counter.TURNS], self._worker
         return bool((turns[:me] > turns[me]).all() and (turns[me + 1 :] >= turns[me]).all())
 
     def end_turn(self) -> None:
-        """As :meth:`Replica.end_turn`."""
         self._counters[self._worker, Counter.TURNS] += 1
 
     def leave_turns(self) -> None:
-        """As :meth:`Replica.leave_turns`."""
         self._counters[self._worker, Counter.TURNS] = np.iinfo(np.int64).max
 
     def _pull_buffers(self) -> None:

@@ -60,30 +60,25 @@ class SharedMemoryStore:
 
     @property
     def n_updates(self) -> int:
-        """As :attr:`ParameterStore.n_updates`; exact."""
         return int(self._counters[:, Counter.UPDATES].sum())
 
     def replica(self, policy: ActorCriticPolicy, worker: int) -> SharedMemoryReplica:
-        """As :meth:`ParameterStore.replica`."""
         return SharedMemoryReplica(self._flat, self._layout, policy, worker, self._total_steps, self._steps_before)
 
     def load_policy(self, policy: ActorCriticPolicy) -> None:
-        """As :meth:`ParameterStore.load_policy`."""
         self._write(policy, [initial_state(policy.optimizer, parameter) for parameter in policy.parameters()])
 
     def fetch_policy(self, policy: ActorCriticPolicy) -> None:
-        """As :meth:`ParameterStore.fetch_policy`. Where a shared value is not finite, the policy keeps its own."""
         with th.no_grad():
             for slot, parameter in zip(self._layout.parameters, policy.parameters(), strict=True):
                 value = slot.view(self._flat).clone()
-                if parameter.requires_grad and not all_finite([value]):  # a worker is about to undo that
+                if parameter.requires_grad and not all_finite([value]):  # a worker is about to undo that: keep the last one
                     value = th.where(value.isfinite(), value, parameter)
                 parameter.copy_(value)
             for slot, buffer in zip(self._layout.buffers, policy.buffers(), strict=True):
                 buffer.copy_(slot.view(self._flat))
 
     def fetch_optimizer(self, policy: ActorCriticPolicy) -> None:
-        """As :meth:`ParameterStore.fetch_optimizer`."""
         n_updates = self.n_updates
         state: defaultdict[th.Tensor, Any] = defaultdict(dict)
         for parameter, values in zip(policy.parameters(), self._layout.states(self._flat), strict=True):
@@ -95,11 +90,9 @@ class SharedMemoryStore:
         policy.optimizer.state = state
 
     def release(self, worker: int, n_transitions: int) -> None:
-        """As :meth:`ParameterStore.release`."""
         self._counters[worker, Counter.RESERVED] = n_transitions
 
     def close(self) -> None:
-        """As :meth:`ParameterStore.close`."""
         self._flat = th.empty(0, dtype=th.uint8)
 
     @property

@@ -55,13 +55,11 @@ class EnvProxy:
             vars(self._base).pop(name, None)
 
     def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
-        """As :meth:`VecEnv.env_method`."""
         if method_name == "set_wrapper_attr" and isinstance(self._base, DummyVecEnv):
             type(self._base).env_method(self._base, method_name, *args, indices=indices, **kwargs)
         return self._call("env_method", self._base._get_indices(indices), (method_name, *args), kwargs)
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """As :meth:`VecEnv.get_attr`."""
         return self._call("get_attr", self._base._get_indices(indices), (attr_name,), {})
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
@@ -71,11 +69,9 @@ class EnvProxy:
         self._call("set_attr", self._base._get_indices(indices), (attr_name, value), {})
 
     def has_attr(self, attr_name: str) -> bool:
-        """As :meth:`VecEnv.has_attr`."""
         return all(self._call_all("has_attr", attr_name).values())
 
     def env_is_wrapped(self, wrapper_class: type[Any], indices: VecEnvIndices = None) -> list[bool]:
-        """As :meth:`VecEnv.env_is_wrapped`."""
         return self._call("env_is_wrapped", self._base._get_indices(indices), (wrapper_class,), {})
 
     def get_images(self) -> list[Any]:

@@ -36,7 +36,6 @@ class InProcessWorker:
 
     @property
     def ended(self) -> set[int]:
-        """As :attr:`Supervisor.ended`."""
         return {0} if self.finished else set()
 
     def wait(self, timeout: float | None = None) -> None:
@@ -57,7 +56,6 @@ class InProcessWorker:
         return received
 
     def send(self, index: int, message: Any) -> None:
-        """As :meth:`Supervisor.send`."""
         if isinstance(message, UpdateHyperparams) and self._learner is not None:
             self._learner.hyperparams = message.hyperparams  # the VecNormalize is the user's own
 
@@ -66,11 +64,9 @@ class InProcessWorker:
         raise NotImplementedError
 
     def request_stop(self) -> None:
-        """As :meth:`Supervisor.request_stop`."""
         self._stop = True
 
     def stop(self, hurry: threading.Event) -> None:
-        """As :meth:`Supervisor.stop`."""
         self._stop = self.finished = True
         if self._learner is not None:
             self._learner.close()

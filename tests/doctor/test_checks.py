@@ -1,18 +1,14 @@
 """The finding of each check at each level."""
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import pytest
-from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_a3c import A3C, WorkerDiedError
+from sb3_a3c import WorkerDiedError
 from sb3_a3c.doctor import checks
 from sb3_a3c.doctor.checks import Finding, Level
-from sb3_a3c.processes import machine
 
 MB, GB = 2**20, 2**30
 OK, UNKNOWN, WARNING, PROBLEM = Level.OK, Level.UNKNOWN, Level.WARNING, Level.PROBLEM
@@ -26,12 +22,6 @@ OK, UNKNOWN, WARNING, PROBLEM = Level.OK, Level.UNKNOWN, Level.WARNING, Level.PR
         (checks.check_cores, (8, 2, None), WARNING, "A3C(…, n_workers=2)"),
         (checks.check_cores, (64, 64, 2.5), WARNING, "A3C(…, n_workers=2)"),
         (checks.check_cores, (1, 64, 0.5), WARNING, "docker run --cpus=1 (or more), with A3C(…, n_workers=1)"),
-        # with 10 open files, 2 workers and 16 environments
-        (checks.check_open_files, (None, 10, 2, 16), UNKNOWN, ""),
-        (checks.check_open_files, ((114, 114), 10, 2, 16), OK, ""),
-        (checks.check_open_files, ((113, 4096), 10, 2, 16), WARNING, "ulimit -n 114"),
-        (checks.check_open_files, ((50, 100), 10, 2, 16), WARNING, "docker run --ulimit nofile=114, or raise it in"),
-        (checks.check_open_files, ((49, 4096), 10, 2, 16), PROBLEM, "ulimit -n 114"),
         (checks.check_shared_memory, (None, MB), UNKNOWN, ""),
         (checks.check_shared_memory, (64 * MB, 32 * MB), OK, ""),
         (checks.check_shared_memory, (64 * MB, 40 * MB), WARNING, "docker run --shm-size=256m,"),
@@ -42,8 +32,6 @@ OK, UNKNOWN, WARNING, PROBLEM = Level.OK, Level.UNKNOWN, Level.WARNING, Level.PR
         (checks.check_start, (1, "spawn", 30.0), OK, ""),
         (checks.check_start, (1, "spawn", 31.0), WARNING, 'A3C(…, start_method="forkserver")'),
         (checks.check_start, (1, "forkserver", 31.0), WARNING, "put Python's packages on a local disk"),
-        (checks.failed_start, (4, "forkserver", OSError("x")), PROBLEM, 'A3C(…, start_method="spawn"), or fewer workers: A'),
-        (checks.failed_start, (1, "spawn", OSError("x")), PROBLEM, 'A3C(…, start_method="forkserver"), or fewer workers: A'),
         (checks.check_training, (2, 2, 960, 12, 1.5), OK, ""),
         (checks.check_training, (0, 0, 960, 12, 1.5), OK, ""),
         (checks.check_training, (2, 0, 960, 12, 1.5), WARNING, "--n-workers 2, to see why"),
@@ -74,10 +62,8 @@ def test_level_and_fix(check: Callable[..., Finding], arguments: tuple[Any, ...]
     ("finding", "text"),
     [
         (checks.check_cores(1, 8, 2.5), "1 worker on 8 cores, a CPU quota of 2.5"),
-        (checks.check_open_files((999, 999), 10, 2, 16), "999 allowed, 2 workers and 16 environments need up to 114"),
         (checks.check_shared_memory(GB, 9 * MB), "/dev/shm has 1.0 GB free, weights and optimizer state need 9.0 MB"),
-        (checks.check_start(2, "spawn", 4.04), "2 processes started by spawn and answered within 4.0 s"),
-        (checks.failed_start(1, "spawn", OSError("too many")), "1 process by spawn: OSError: too many"),
+        (checks.check_start(2, "spawn", 4.04), "2 processes started by spawn, first rollout after 4.0 s"),
         (checks.check_training(2, 2, 960, 12, 1.5), "2 workers made 960 steps and 12 updates in 1.5 s"),
         (
             checks.check_training(2, 0, 960, 12, 1.5),
@@ -98,11 +84,10 @@ ATARI = "PongNoFrameskip-v4"
 @pytest.mark.parametrize(
     ("env_id", "error", "known", "fix"),
     [
-        ("CartPol-v1", gym.error.NameNotFound("?"), KNOWN, "--env CartPole-v1"),
         ("Xyz-v1", gym.error.NameNotFound("?"), KNOWN, "--env your_module:YourEnv-v0 for your own"),
         (ATARI, gym.error.NameNotFound("?"), KNOWN, checks.ATARI_PACKAGES),
         ("ALE/Pong-v5", gym.error.NamespaceNotFound("?"), KNOWN, checks.ATARI_PACKAGES),
-        ("PnogNoFrameskip-v4", gym.error.NameNotFound("?"), [*KNOWN, ATARI], f"--env {ATARI}"),
+        ("PnogNoFrameskip-v4", gym.error.NameNotFound("?"), [*KNOWN, ATARI], "--env your_module:YourEnv-v0 for your own"),
         (ATARI, gym.error.Error("no ROM"), [*KNOWN, ATARI], checks.ATARI_PACKAGES),
         ("Pong-v4", ImportError("install ale-py"), [*KNOWN, ATARI], checks.ATARI_PACKAGES),
         ("Ant-v5", ImportError("run `pip install a` and `pip install b`"), KNOWN, "pip install a && pip install b"),
@@ -114,20 +99,3 @@ def test_unusable_environment(env_id: str, error: Exception, known: list[str], f
     assert finding.level is PROBLEM
     assert finding.text == f"{env_id} can't be made: {type(error).__name__}: {error}"
     assert finding.fix.startswith(fix)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-def test_number_of_open_files(tmp_path: Path) -> None:
-    opened: list[int] = []
-
-    def count(local_variables: dict[str, Any], _: Any) -> bool:
-        opened.append(machine.n_open_files())
-        return False
-
-    for n_workers in (1, 2):
-        env = make_vec_env("CartPole-v1", n_envs=2, monitor_dir=str(tmp_path / str(n_workers)))
-        before = machine.n_open_files()
-        A3C("MlpPolicy", env, n_workers=n_workers).learn(10**9, callback=count)
-        env.close()
-    assert opened[1] - opened[0] == checks.FILES_PER_WORKER
-    assert opened[1] - before <= 2 * checks.FILES_PER_WORKER + checks.SPARE_FILES

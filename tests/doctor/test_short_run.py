@@ -13,7 +13,6 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_a3c import A3C, WorkerDiedError
 from sb3_a3c.doctor import short_run
-from sb3_a3c.processes.channel import WorkerChannel
 from sb3_a3c.store.replica import SharedMemoryReplica
 
 MB, GB = 2**20, 2**30
@@ -84,16 +83,6 @@ def test_hanging_worker() -> None:
     assert isinstance(error.value.__cause__, WorkerDiedError)  # it was not replaced, to hang again
 
 
-def test_workers_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def say_nothing(channel: WorkerChannel) -> None:
-        while not channel.stopped():
-            time.sleep(0.01)
-
-    monkeypatch.setattr(short_run, "_say_hello", say_nothing)
-    with pytest.raises(TimeoutError, match=r"2 of 2 have not answered within 0.2 s"):
-        short_run.start_workers(2, None, timeout=0.2)
-
-
 class SetsThreads(gym.Wrapper[Any, Any, Any, Any]):
     def reset(self, **kwargs: Any) -> Any:
         th.set_num_threads(3)
@@ -111,5 +100,5 @@ def test_train() -> None:
     assert short.n_threads == 3
     assert short.n_steps >= model.n_steps * 4
     assert short.n_updates > 0
-    assert 0 < short.seconds < 60
+    assert 0 < short.start_seconds < 60 and 0 < short.seconds < 60
     assert all(size is None or 10 * MB < size < GB for size in short.memory)

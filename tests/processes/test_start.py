@@ -1,8 +1,7 @@
-"""How workers start: from a fork server of their own, whoever else uses multiprocessing, and nothing changes for others."""
+"""Workers start from a fork server of our own, and a start changes nothing for other users of multiprocessing."""
 
 import multiprocessing
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -19,25 +18,17 @@ from sb3_a3c.processes.supervisor import Supervisor
 from sb3_a3c.workers.collector import PRELOAD
 
 pytestmark = pytest.mark.timeout(120)
-needs_fork = pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="no fork server here")
+START_METHODS = [name for name in multiprocessing.get_all_start_methods() if name != "fork"]
+needs_fork = pytest.mark.skipif("forkserver" not in START_METHODS, reason="no fork server here")
 
 
-def say_hello(channel: WorkerChannel, *_: Any) -> None:
+def send_pids(channel: WorkerChannel, *_: Any) -> None:
     channel.send((os.getpid(), os.getppid()))
 
 
-def run(script: str, folder: Path) -> str:
-    (folder / "script.py").write_text(script)
-    result = subprocess.run(
-        [sys.executable, "script.py"], cwd=folder, capture_output=True, text=True, timeout=100, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-def hello(**kwargs: Any) -> list[tuple[int, int]]:
-    """Start two workers: (process id, parent's process id) of each."""
-    supervisor, messages = Supervisor(say_hello, [(), ()], preload=PRELOAD, **kwargs), []
+def start_workers(n: int = 2, **kwargs: Any) -> list[tuple[int, int]]:
+    """Start workers and stop them. Returns (process id, parent's process id) of each."""
+    supervisor, messages = Supervisor(send_pids, [()] * n, preload=PRELOAD, **kwargs), []
     supervisor.start()
     try:
         while not supervisor.finished:
@@ -47,8 +38,8 @@ def hello(**kwargs: Any) -> list[tuple[int, int]]:
     return [pids for _, pids in sorted(messages)]
 
 
-def others_world() -> dict[str, Any]:
-    """What other users of multiprocessing share with us."""
+def shared_state() -> dict[str, Any]:
+    """What all users of multiprocessing share."""
     from multiprocessing import forkserver, resource_tracker
 
     assert forkserver.connect_to_new_process == forkserver._forkserver.connect_to_new_process
@@ -74,100 +65,46 @@ def my_preload() -> Iterator[list[str]]:
     multiprocessing.set_forkserver_preload(before)
 
 
-# --- a fork server of our own ---------------------------------------------------------------------------------------
-
-OTHERS_FIRST = """
-import multiprocessing, os, time
-from multiprocessing import forkserver
-from pathlib import Path
-
-class Nothing:
-    def __call__(self):
-        pass
-
-def imported_torch(pid):
-    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
-
-def say_hello(channel):
-    channel.send((os.getppid(), imported_torch(os.getppid())))
-
-def start_workers():
-    supervisor, messages, began = Supervisor(say_hello, [(), ()], preload=PRELOAD), [], time.perf_counter()
-    supervisor.start()
-    while not supervisor.finished:
-        messages += supervisor.receive(timeout=30)
-    seconds = time.perf_counter() - began
-    supervisor.stop()
-    return seconds, {message for _, message in messages}
-
-if __name__ == "__main__":
-    other = multiprocessing.get_context("forkserver").Process(target=Nothing())
-    other.start()
-    other.join()
-    shared_server = forkserver._forkserver._forkserver_pid
-    from sb3_a3c.workers.collector import PRELOAD
-    from sb3_a3c.processes.supervisor import Supervisor
-
-    (first_seconds, first), *later = [start_workers() for _ in range(4)]
-    ((server, has_torch),) = first
-    print("torch in the shared server:", imported_torch(shared_server))
-    print("torch in the workers' server:", has_torch)
-    print("one server for all:", all(parents == first for _, parents in later))
-    print("another than the shared one:", server != shared_server == forkserver._forkserver._forkserver_pid)
-    print("seconds:", min(seconds for seconds, _ in later))
-"""
-
-
 @needs_fork
-def test_workers_start_from_a_server_with_torch_though_others_have_started_one_without(tmp_path: Path) -> None:
-    output = run(OTHERS_FIRST, tmp_path)
-    assert "torch in the shared server: False" in output
-    assert "torch in the workers' server: True" in output
-    assert "one server for all: True" in output
-    assert "another than the shared one: True" in output
-    seconds = float(output.split("seconds:")[1])
-    print(f"two workers start, say hello and end within {seconds:.2f} s (the fastest of three times)")
-    assert seconds < 1
-
-
-@needs_fork
-def test_others_use_their_own_fork_server_before_and_after(my_preload: list[str]) -> None:
-    (_, server), (_, same) = hello()
+def test_workers_have_a_fork_server_with_torch_and_others_theirs(my_preload: list[str]) -> None:
+    (_, server), (_, same) = start_workers()
     other = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(0,))
     other.start()
     other.join()
     assert other.exitcode == 0
-    shared_server = others_world()["server"]
+    shared_server = shared_state()["server"]
     assert shared_server not in (None, server)
-    assert hello()[0][1] == server == same
-    assert others_world()["server"] == shared_server
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        assert start_workers()[0][1] == server == same
+        seconds.append(time.perf_counter() - began)
+    assert shared_state()["server"] == shared_server
+    assert "libtorch" in Path(f"/proc/{server}/maps").read_text()
+    assert min(seconds) < 1
 
 
-# --- what is left alone ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("start_method", multiprocessing.get_all_start_methods()[1:])
+@pytest.mark.parametrize("start_method", START_METHODS)
 def test_a_start_changes_nothing_for_others(start_method: str, my_preload: list[str]) -> None:
-    hello()  # starts the server and the resource tracker, which stay
-    before = others_world()
+    start_workers()  # starts the server and the resource tracker, which stay
+    before = shared_state()
     assert before["preload"] == my_preload
-    assert len(hello(start_method=start_method)) == 2
-    assert others_world() == before
+    assert len(start_workers(1, start_method=start_method)) == 1
+    assert shared_state() == before
 
 
-@pytest.mark.parametrize("start_method", multiprocessing.get_all_start_methods()[1:])
-def test_a_failed_start_changes_nothing_for_others(start_method: str, my_preload: list[str]) -> None:
-    hello()
-    before = others_world()
-    supervisor = Supervisor(say_hello, [(), (threading.Lock(),)], start_method, PRELOAD)
+def test_a_failed_start_changes_nothing_for_others(my_preload: list[str]) -> None:
+    start_workers()
+    before = shared_state()
+    supervisor = Supervisor(send_pids, [(), (threading.Lock(),)], preload=PRELOAD)
     with pytest.raises(TypeError, match="cannot pickle"):
         supervisor.start()
-    assert others_world() == before
+    assert shared_state() == before
     assert not [child for child in multiprocessing.active_children() if child.name.startswith("a3c-worker")]
-    assert len(hello()) == 2
+    assert len(start_workers()) == 2
 
 
-def test_the_main_module_is_away_only_while_processes_start() -> None:
+def test_the_main_module_is_hidden_only_during_a_start() -> None:
     main = sys.modules["__main__"]
     assert hasattr(main, "__file__")
     with prepared_start(process_context("spawn"), ()):
@@ -182,27 +119,40 @@ def test_the_main_module_is_away_only_while_processes_start() -> None:
 
 
 def test_several_threads_may_start_workers_at_once() -> None:
-    hello()
-    before, results = others_world(), []
-    threads = [threading.Thread(target=lambda: results.append(hello())) for _ in range(4)]
+    start_workers()
+    before, results = shared_state(), []
+    threads = [threading.Thread(target=lambda: results.append(start_workers())) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert len(results) == 4
-    pids = {pid for workers in results for pid, _ in workers}
-    assert len(pids) == 8
-    assert others_world() == before
+    assert len({pid for workers in results for pid, _ in workers}) == 6
+    assert shared_state() == before
 
 
-def test_the_platforms_best_start_method_is_taken_unless_one_is_named() -> None:
-    available = multiprocessing.get_all_start_methods()
-    assert process_context(None).get_start_method() == ("forkserver" if "forkserver" in available else "spawn")
-    for name in available[1:]:
+def test_default_start_method() -> None:
+    assert process_context(None).get_start_method() == ("forkserver" if "forkserver" in START_METHODS else "spawn")
+    for name in START_METHODS:
         assert process_context(name).get_start_method() == name
 
 
-# --- forked processes -----------------------------------------------------------------------------------------------
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_process_has_a_fork_server_of_its_own() -> None:
+    (_, server), _ = start_workers()
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    child = os.fork()
+    if child == 0:
+        try:
+            writer.send([start_workers()[0][1] for _ in range(2)])
+        finally:
+            os._exit(0)
+    writer.close()
+    first, second = reader.recv()
+    os.waitpid(child, 0)
+    assert first == second != server
+    assert start_workers()[0][1] == server
+
 
 FORK = """
 import os
@@ -211,44 +161,29 @@ torch.set_num_threads(1)  # a forked process hangs in torch if its parent has us
 from stable_baselines3.common.env_util import make_vec_env
 from sb3_a3c import A3C
 
-def train(name):
-    model = A3C("MlpPolicy", make_vec_env("CartPole-v1", n_envs=2), n_workers=2, n_steps=5, take_turns=True)
-    servers = set()
-    def note(local_variables, _):
-        servers.update(parents(local_variables["self"]._collector._workers.pids))
-        return True
-    model.learn(100, callback=note)
-    print(name, os.getpid(), "steps", model.num_timesteps, "updates", model._n_updates, "server", *servers, flush=True)
+def train():
+    model = A3C("MlpPolicy", make_vec_env("CartPole-v1", n_envs=2), n_workers=2, n_steps=5, take_turns=True).learn(100)
+    assert (model.num_timesteps, model._n_updates) == (100, 20)
 
-def parents(pids):
-    for pid in pids:
-        try:
-            yield int(open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[1])
-        except FileNotFoundError:
-            pass
-
-train("parent")
+train()
 child = os.fork()
 if child == 0:
     code = 1
     try:
-        train("child")
-        train("child")
+        train()
         code = 0
     finally:
         os._exit(code)
 _, status = os.waitpid(child, 0)
 assert status == 0, status
-train("parent")
+train()
 """
 
 
+@pytest.mark.slow
 @needs_fork
 def test_a_process_forked_after_a_training_can_train_too(tmp_path: Path) -> None:
-    lines = re.findall(r"(\w+) (\d+) steps (\d+) updates (\d+) server (\d+)\n", run(FORK, tmp_path))
-    assert [name for name, *_ in lines] == ["parent", "child", "child", "parent"]
-    assert {(steps, updates) for _, _, steps, updates, _ in lines} == {("100", "20")}
-    servers = [(pid, server) for _, pid, _, _, server in lines]
-    assert servers[0] == servers[3]  # one for each process, which stays
-    assert servers[1] == servers[2]
-    assert len({server for _, server in servers}) == 2
+    (tmp_path / "script.py").write_text(FORK)
+    command = [sys.executable, "script.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -1,12 +1,13 @@
-"""Processes that are started, watched and stopped; and what is left of them: nothing."""
+"""Worker processes are started, watched, replaced and stopped, and leave nothing behind."""
 
 import gc
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,45 +18,29 @@ from sb3_a3c.processes.channel import WorkerChannel
 from sb3_a3c.processes.supervisor import Supervisor
 from sb3_a3c.workers.collector import PRELOAD
 
-Target = Any
+pytestmark = pytest.mark.timeout(60)
+Start = Callable[..., Supervisor]
+
+# --- targets --------------------------------------------------------------------------------------------------------
 
 
-def count(channel: WorkerChannel, n: int) -> None:
+def send_range(channel: WorkerChannel, n: int, then: str = "return") -> None:
     for i in range(n):
         channel.send(i)
+    if then == "raise":
+        raise KeyError("late")
+    if then == "die":
+        os._exit(3)
+    while then == "wait" and not channel.stopped():
+        time.sleep(0.01)
 
 
 def add_ones(channel: WorkerChannel, shared: th.Tensor, row: int) -> None:
     shared[row] += 1
-    channel.send(os.getpid())
 
 
-def raise_in_one(channel: WorkerChannel, me: int) -> None:
-    if me == 1:
-        raise KeyError("the seventh key")
-    wait_for_stop(channel)
-
-
-def wait_for_stop(channel: WorkerChannel) -> None:
-    channel.send(os.getpid())
-    while not channel.stopped():
-        time.sleep(0.001)
-
-
-def never_stop(channel: WorkerChannel) -> None:
-    channel.send(os.getpid())
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    time.sleep(3600)
-
-
-def exit_silently(channel: WorkerChannel) -> None:
-    channel.send("last word")
-    os._exit(3)
-
-
-def send_for_ever(channel: WorkerChannel) -> None:
-    while not channel.stopped():
-        channel.send(b"x" * 100_000)
+def raise_key_error(channel: WorkerChannel) -> None:
+    raise KeyError("the seventh key")
 
 
 def raise_unpicklable(channel: WorkerChannel) -> None:
@@ -74,7 +59,18 @@ def exit_program(channel: WorkerChannel) -> None:
     sys.exit(3)
 
 
-def send_much(channel: WorkerChannel) -> None:
+def ignore_sigterm(channel: WorkerChannel) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel.send("ready")
+    time.sleep(3600)
+
+
+def send_for_ever(channel: WorkerChannel) -> None:
+    while not channel.stopped():
+        channel.send(b"x" * 100_000)
+
+
+def send_large(channel: WorkerChannel) -> None:
     channel.send("begin")
     channel.send(b"x" * 3_000_000)
 
@@ -86,29 +82,27 @@ def leave_a_child(channel: WorkerChannel) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def send_then_fail(channel: WorkerChannel, n: int, how: str) -> None:
-    for i in range(n):
-        channel.send(i)
-    if how == "raise":
-        raise KeyError("late")
-    if how == "die":
-        os._exit(1)
+def call(channel: WorkerChannel, target: Callable[..., None], *arguments: Any) -> None:
+    target(channel, *arguments)
 
 
-@pytest.fixture
-def running() -> Iterator[list[Supervisor]]:
-    """Supervisors that the test started: stopped whatever happens."""
-    supervisors: list[Supervisor] = []
-    yield supervisors
-    for supervisor in supervisors:
-        supervisor.stop()
+def work(channel: WorkerChannel, seconds: float, how: str) -> None:
+    channel.works()
+    for _ in range(10):
+        time.sleep(seconds / 10)
+        if how == "beats":
+            channel.works()
+        elif how == "rests":
+            channel.rests()
+    channel.rests()
+    channel.send("done")
 
 
-def started(running: list[Supervisor], target: Target, arguments: list[tuple[Any, ...]], **kwargs: Any) -> Supervisor:
-    supervisor = Supervisor(target, arguments, preload=PRELOAD, **kwargs)
-    running.append(supervisor)
-    supervisor.start()
-    return supervisor
+def work_until_stopped(channel: WorkerChannel, sends: bool) -> None:
+    while not channel.works():
+        if sends:
+            channel.send("message")
+        time.sleep(0.01)
 
 
 def is_alive(pid: int) -> bool:
@@ -126,162 +120,6 @@ def receive_all(supervisor: Supervisor) -> list[tuple[int, Any]]:
     return messages
 
 
-@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
-def test_every_message_arrives_in_order(running: list[Supervisor], start_method: str) -> None:
-    supervisor = started(running, count, [(50,), (20,), (0,)], start_method=start_method)
-    messages = receive_all(supervisor)
-    for index, n in enumerate((50, 20, 0)):
-        assert [message for worker, message in messages if worker == index] == list(range(n))
-    assert supervisor.receive() == []  # at the end: nothing, at once
-
-
-def test_tensors_in_shared_memory_stay_shared(running: list[Supervisor]) -> None:
-    shared = th.zeros(2, 3).share_memory_()  # type: ignore[no-untyped-call]
-    receive_all(started(running, add_ones, [(shared, 0), (shared, 1)]))
-    assert shared.tolist() == [[1, 1, 1], [1, 1, 1]]
-
-
-def test_functions_that_cannot_be_imported_travel_by_value(running: list[Supervisor]) -> None:
-    secret = 42
-    supervisor = started(running, lambda channel: channel.send(secret), [()])
-    assert receive_all(supervisor) == [(0, 42)]
-
-
-def test_an_exception_keeps_its_type_and_shows_the_workers_traceback(running: list[Supervisor]) -> None:
-    supervisor = started(running, raise_in_one, [(0,), (1,)])
-    pids = supervisor.pids
-    began = time.monotonic()
-    with pytest.raises(KeyError, match="the seventh key") as caught:
-        receive_all(supervisor)
-    supervisor.stop()
-    assert time.monotonic() - began < 5
-    assert isinstance(caught.value.__cause__, RemoteTraceback)
-    assert 'raise KeyError("the seventh key")' in str(caught.value.__cause__)
-    assert "In worker 1" in str(caught.value.__cause__)
-    assert not any(is_alive(pid) for pid in pids)
-
-
-def test_an_exception_that_cannot_be_pickled_is_still_told(running: list[Supervisor]) -> None:
-    with pytest.raises(RuntimeError, match="UnpicklableError: what happened"):
-        receive_all(started(running, raise_unpicklable, [()]))
-
-
-@pytest.mark.parametrize(("number", "words"), [(signal.SIGKILL, "out of memory"), (signal.SIGSEGV, "C code")])
-def test_a_killed_worker_is_named_with_its_signal(running: list[Supervisor], number: signal.Signals, words: str) -> None:
-    supervisor = started(running, wait_for_stop, [(), ()])
-    while len(supervisor.receive(timeout=30)) == 0:
-        pass
-    began = time.monotonic()
-    os.kill(supervisor.pids[1], number)
-    with pytest.raises(WorkerDiedError, match=f"Worker 1 was killed by {number.name}.*{words}"):
-        receive_all(supervisor)
-    supervisor.stop()
-    assert time.monotonic() - began < 5
-
-
-def test_a_worker_that_exits_silently_is_dead_after_its_last_word(running: list[Supervisor]) -> None:
-    supervisor = started(running, exit_silently, [()])
-    assert supervisor.receive(timeout=30) == [(0, "last word")]
-    with pytest.raises(WorkerDiedError, match="exited with code 3"):
-        supervisor.receive(timeout=30)
-
-
-def test_an_exception_about_pipes_is_the_environments_own(running: list[Supervisor]) -> None:
-    with pytest.raises(BrokenPipeError, match="the game server hung up"):
-        receive_all(started(running, raise_broken_pipe, [()]))
-
-
-def test_sys_exit_in_workers_ends_neither_the_program_nor_the_clean_up(running: list[Supervisor]) -> None:
-    supervisor = started(running, exit_program, [(), (), ()])
-    with pytest.raises(RuntimeError, match="SystemExit: 3"):
-        receive_all(supervisor)
-    pids = supervisor.pids
-    supervisor.stop()
-    assert not any(is_alive(pid) for pid in pids)
-
-
-def test_a_worker_killed_in_mid_message_is_a_dead_worker(running: list[Supervisor]) -> None:
-    supervisor = started(running, send_much, [()])
-    assert supervisor.receive(timeout=30) == [(0, "begin")]
-    time.sleep(0.2)  # it waits in send now, with part of the message in the pipe
-    os.kill(supervisor.pids[0], signal.SIGKILL)
-    with pytest.raises(WorkerDiedError, match="Worker 0 was killed by SIGKILL"):
-        receive_all(supervisor)
-
-
-def test_a_dead_workers_child_that_holds_the_pipe_delays_nothing(running: list[Supervisor]) -> None:
-    supervisor = started(running, leave_a_child, [()])
-    began = time.monotonic()
-    with pytest.raises(WorkerDiedError, match="SIGKILL"):
-        receive_all(supervisor)
-    assert time.monotonic() - began < 4
-
-
-def test_what_was_sent_before_a_failure_is_received_and_each_failure_is_raised_once(running: list[Supervisor]) -> None:
-    supervisor = started(running, send_then_fail, [(30, "raise"), (20, "die"), (40, "return")])
-    messages: list[tuple[int, Any]] = []
-    failures: list[type[BaseException]] = []
-    while not supervisor.finished:
-        try:
-            messages += supervisor.receive(timeout=30)
-        except (KeyError, WorkerDiedError) as error:
-            failures.append(type(error))
-    assert sorted(messages) == [(worker, i) for worker, n in enumerate((30, 20, 40)) for i in range(n)]
-    assert sorted(failures, key=str) == [KeyError, WorkerDiedError]
-
-
-def test_workers_end_when_asked_to(running: list[Supervisor]) -> None:
-    supervisor = started(running, wait_for_stop, [(), ()])
-    assert supervisor.receive(timeout=30)
-    supervisor.request_stop()
-    receive_all(supervisor)
-    assert supervisor.finished
-
-
-def test_a_worker_that_will_not_end_is_killed(running: list[Supervisor]) -> None:
-    supervisor = started(running, never_stop, [()])
-    assert supervisor.receive(timeout=30)
-    pids, began = supervisor.pids, time.monotonic()
-    supervisor.stop()
-    assert time.monotonic() - began < 5
-    assert not any(is_alive(pid) for pid in pids)
-
-
-def test_a_worker_that_waits_for_a_reader_can_be_stopped(running: list[Supervisor]) -> None:
-    supervisor = started(running, send_for_ever, [()])
-    assert supervisor.receive(timeout=30)
-    time.sleep(0.2)  # the pipe is full by now
-    began = time.monotonic()
-    supervisor.stop()
-    assert time.monotonic() - began < 1
-
-
-def test_receive_returns_after_its_timeout(running: list[Supervisor]) -> None:
-    supervisor = started(running, wait_for_stop, [()])
-    assert supervisor.receive(timeout=30)
-    began = time.monotonic()
-    assert supervisor.receive(timeout=0.1) == []
-    assert 0.09 < time.monotonic() - began < 1
-
-
-@pytest.mark.slow
-def test_nothing_is_left_of_50_starts(running: list[Supervisor]) -> None:
-    def descriptors() -> int:
-        gc.collect()
-        return len(os.listdir("/proc/self/fd"))
-
-    receive_all(started(running, count, [(1,)]))  # starts the fork server, which stays
-    running.pop().stop()
-    before = descriptors()
-    for _ in range(50):
-        supervisor = started(running, count, [(1,), (1,)])
-        receive_all(supervisor)
-        running.pop().stop()
-    del supervisor
-    assert descriptors() == before
-    assert not [child for child in multiprocessing.active_children() if child.name.startswith("a3c-worker")]
-
-
 def receive_until_a_death(supervisor: Supervisor) -> tuple[list[tuple[int, Any]], WorkerDiedError]:
     messages = []
     try:
@@ -291,80 +129,184 @@ def receive_until_a_death(supervisor: Supervisor) -> tuple[list[tuple[int, Any]]
         return messages, death
 
 
-def hang(channel: WorkerChannel, seconds: float, how: str) -> None:
-    channel.works()
-    for _ in range(10):
-        time.sleep(seconds / 10)
-        if how == "beats":
-            channel.works()
-        elif how == "rests":
-            channel.rests()
-    channel.rests()
-    channel.send("came through")
+# --- start and messages ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("others_talk", [False, True])
-def test_a_worker_that_hangs_is_killed(
-    others_talk: bool, running: list[Supervisor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sb3_a3c.processes.supervisor.LOOK_SECONDS", 0.05)
-    supervisor = started(running, hang_or_talk, [("hang",), ("talk" if others_talk else "sleep",)], timeout=0.5)
+def test_tensors_in_shared_memory_stay_shared(start: Start) -> None:
+    shared = th.zeros(2, 3).share_memory_()  # type: ignore[no-untyped-call]
+    supervisor = start(add_ones, [(shared, 0), (shared, 1)])
+    assert receive_all(supervisor) == []
+    assert shared.tolist() == [[1, 1, 1], [1, 1, 1]]
+    assert supervisor.receive() == []  # at the end: nothing, at once
+
+
+def test_functions_that_cannot_be_imported(start: Start) -> None:
+    secret = 42
+    assert receive_all(start(lambda channel: channel.send(secret))) == [(0, 42)]
+
+
+def test_receive_returns_after_its_timeout(start: Start) -> None:
+    supervisor = start(send_range, [(1, "wait")])
+    assert supervisor.receive(timeout=30)
     began = time.monotonic()
-    _, death = receive_until_a_death(supervisor)
-    assert str(death).startswith("Worker 0 was killed, as it had not come further for 0.5 s.")
-    assert death.worker == 0
+    assert supervisor.receive(timeout=0.1) == []
+    assert 0.09 < time.monotonic() - began < 1
+
+
+# --- exceptions and deaths ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "match"),
+    [
+        (raise_key_error, KeyError, "the seventh key"),
+        (raise_unpicklable, RuntimeError, "UnpicklableError: what happened"),
+        (raise_broken_pipe, BrokenPipeError, "the game server hung up"),  # not taken for the worker's own pipe
+        (exit_program, RuntimeError, "SystemExit: 3"),  # must not end the user's program
+    ],
+)
+def test_exceptions(target: Callable[..., None], error: type[Exception], match: str, start: Start) -> None:
+    supervisor = start(call, [(send_range, 0, "wait"), (target,)])
+    pids, began = supervisor.pids, time.monotonic()
+    with pytest.raises(error, match=match) as caught:
+        receive_all(supervisor)
+    assert isinstance(caught.value.__cause__, RemoteTraceback)
+    for words in ("In worker 1", "test_supervisor.py", target.__name__):
+        assert words in str(caught.value.__cause__)
+    supervisor.stop()
+    assert time.monotonic() - began < 5
+    assert not any(is_alive(pid) for pid in pids)
+
+
+@pytest.mark.parametrize(("number", "words"), [(signal.SIGKILL, "out of memory"), (signal.SIGSEGV, "C code")])
+def test_death_by_a_signal(start: Start, number: signal.Signals, words: str) -> None:
+    supervisor = start(send_range, [(1, "wait"), (1, "wait")])
+    assert supervisor.receive(timeout=30)
+    began = time.monotonic()
+    os.kill(supervisor.pids[1], number)
+    with pytest.raises(WorkerDiedError, match=f"Worker 1 was killed by {number.name}.*{words}"):
+        receive_all(supervisor)
+    supervisor.stop()
     assert time.monotonic() - began < 5
 
 
-def hang_or_talk(channel: WorkerChannel, how: str) -> None:
-    if how == "hang":
-        hang(channel, 60.0, "hangs")
-    while not channel.stopped():
-        channel.works()
-        if how == "talk":
-            channel.send("still here")
-        time.sleep(0.01)
+def test_death_in_the_middle_of_a_message(start: Start) -> None:
+    supervisor = start(send_large)
+    assert supervisor.receive(timeout=30) == [(0, "begin")]
+    time.sleep(0.2)  # it waits in send now, with part of the message in the pipe
+    os.kill(supervisor.pids[0], signal.SIGKILL)
+    with pytest.raises(WorkerDiedError, match="Worker 0 was killed by SIGKILL"):
+        receive_all(supervisor)
 
 
-@pytest.mark.parametrize("how", ["beats", "rests"])
-def test_whoever_comes_further_or_rests_does_not_hang(
-    how: str, running: list[Supervisor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sb3_a3c.processes.supervisor.LOOK_SECONDS", 0.05)
-    supervisor = started(running, hang, [(1.5, how)], timeout=0.75)
-    assert receive_all(supervisor) == [(0, "came through")]
+def test_messages_come_before_failures_and_each_failure_is_raised_once(start: Start) -> None:
+    supervisor = start(send_range, [(30, "raise"), (20, "die"), (40,)])
+    messages: list[tuple[int, Any]] = []
+    failures: list[str] = []
+    while not supervisor.finished:
+        try:
+            messages += supervisor.receive(timeout=30)
+        except (KeyError, WorkerDiedError) as error:
+            failures.append(str(error))
+    assert sorted(messages) == [(worker, i) for worker, n in enumerate((30, 20, 40)) for i in range(n)]
+    assert sorted(failures) == [
+        "'late'",
+        "Worker 1 exited with code 3 before its function returned. Did the environment call os._exit()?",
+    ]
 
 
-def test_without_a_timeout_nobody_hangs(running: list[Supervisor]) -> None:
-    supervisor = started(running, hang, [(1.5, "hangs")])
-    assert receive_all(supervisor) == [(0, "came through")]
-
-
-@pytest.mark.parametrize("target", [send_then_fail, leave_a_child])
-def test_a_dead_worker_is_replaced(target: Target, running: list[Supervisor]) -> None:
-    """Also if a child of it still has its end of the pipe."""
-    dying: tuple[Any, ...] = (2, "die") if target is send_then_fail else ()
-    supervisor = started(running, replaceable, [(target, *dying), (send_then_fail, 0, "wait")])
+@pytest.mark.parametrize("target", [send_range, leave_a_child])
+def test_a_dead_worker_is_replaced(target: Callable[..., None], start: Start) -> None:
+    """Also if a child of the dead process still has its end of the pipe open."""
+    arguments: tuple[Any, ...] = (2, "die") if target is send_range else ()
+    supervisor = start(call, [(target, *arguments), (send_range, 0, "wait")])
+    began = time.monotonic()
     messages, death = receive_until_a_death(supervisor)
-    assert messages == [(0, i) for i in range(2)][: len(dying)]
+    assert time.monotonic() - began < 4
+    assert messages == [(0, i) for i in range(2)][: len(arguments)]
     assert death.worker == 0
-    supervisor.replace(0, (send_then_fail, 3, "return"))
+    supervisor.replace(0, (send_range, 3))
     assert not supervisor.finished
     assert len(set(supervisor.pids)) == 2
     supervisor.request_stop()
     assert [message for worker, message in receive_all(supervisor) if worker == 0] == [0, 1, 2]
 
 
-def replaceable(channel: WorkerChannel, target: Target, *arguments: Any) -> None:
-    target(channel, *arguments)
-    while arguments == (0, "wait") and not channel.stopped():
-        time.sleep(0.01)
+# --- stop -----------------------------------------------------------------------------------------------------------
 
 
-def test_whoever_stood_still_with_the_main_process_does_not_hang(running: list[Supervisor]) -> None:
-    """As after Ctrl-Z: when all go on, the heartbeats are old, but nobody has had the time for a new one."""
-    supervisor = started(running, hang, [(1.5, "beats")], timeout=0.75)
+@pytest.mark.parametrize("hurries", [False, True])
+def test_a_worker_that_ignores_sigterm_is_killed(hurries: bool, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_a3c.processes.supervisor.STOP_SECONDS", 30.0 if hurries else 0.2)
+    supervisor, hurry = start(ignore_sigterm), threading.Event()
+    assert supervisor.receive(timeout=30)
+    pids, began = supervisor.pids, time.monotonic()
+    if hurries:
+        hurry.set()
+    supervisor.stop(hurry)
+    assert time.monotonic() - began < 5
+    assert not any(is_alive(pid) for pid in pids)
+
+
+def test_a_worker_blocked_in_send_can_be_stopped(start: Start) -> None:
+    supervisor = start(send_for_ever)
+    assert supervisor.receive(timeout=30)
+    time.sleep(0.2)  # the pipe is full by now
+    began = time.monotonic()
+    supervisor.stop()
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.slow
+def test_50_starts_leave_no_files_and_processes() -> None:
+    def count_files_after(n_starts: int) -> int:
+        for _ in range(n_starts):
+            supervisor = Supervisor(send_range, [(1,), (1,)], preload=PRELOAD)
+            supervisor.start()
+            receive_all(supervisor)
+            supervisor.stop()
+        del supervisor
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    assert count_files_after(1) == count_files_after(50)  # the first start leaves the fork server
+    assert not [child for child in multiprocessing.active_children() if child.name.startswith("a3c-worker")]
+
+
+# --- heartbeats -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_a3c.processes.supervisor.LOOK_SECONDS", 0.05)
+
+
+@pytest.mark.usefixtures("look_often")
+@pytest.mark.parametrize("others_send", [False, True])
+def test_a_hung_worker_is_killed(others_send: bool, start: Start) -> None:
+    supervisor = start(call, [(work, 60.0, "hangs"), (work_until_stopped, others_send)], timeout=0.5)
+    began = time.monotonic()
+    _, death = receive_until_a_death(supervisor)
+    assert str(death).startswith("Worker 0 was killed because it made no progress for 0.5 s.")
+    assert death.worker == 0
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.usefixtures("look_often")
+def test_workers_that_make_progress_or_rest_are_not_killed(start: Start) -> None:
+    supervisor = start(work, [(1.5, "beats"), (1.5, "rests")], timeout=0.75)
+    assert sorted(receive_all(supervisor)) == [(0, "done"), (1, "done")]
+
+
+@pytest.mark.usefixtures("look_often")
+def test_without_a_timeout_no_worker_is_killed(start: Start) -> None:
+    assert receive_all(start(work, [(0.5, "hangs")])) == [(0, "done")]
+
+
+def test_workers_stopped_with_the_main_process_are_not_killed(start: Start) -> None:
+    """As by Ctrl-Z: afterwards the heartbeats are old, but the workers had no time for new ones."""
+    supervisor = start(work, [(1.5, "beats")], timeout=0.75)
     supervisor._heartbeats[0] = 1
     supervisor._next_look -= 1000.0
     assert supervisor.receive(timeout=0.0) == []
-    assert receive_all(supervisor) == [(0, "came through")]
+    assert receive_all(supervisor) == [(0, "done")]
