@@ -401,12 +401,8 @@ class A3C(OnPolicyAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """
-        Save all the attributes of the object and the model parameters in a zip-file. An existing file is replaced
-        atomically: after a crash or a kill there is either the old file or the new one.
-
-        :param path: path to the file where the rl agent should be saved, or a file
-        :param exclude: name of parameters that should be excluded in addition to the default ones
-        :param include: name of parameters that might be excluded but should be included anyway
+        As SB3's ``save``, but an existing file is replaced atomically: after a crash or a kill there is either the old file
+        or the new one.
         """
         save = super().save
         if isinstance(path, str | Path):
@@ -426,29 +422,15 @@ class A3C(OnPolicyAlgorithm):
         **kwargs: Any,
     ) -> SelfA3C:
         """
-        Load the model from a zip-file. Parts of it are pickled, and unpickling can run any code: load only files that you
-        trust.
+        As SB3's ``load``. Parts of the file are pickled, and unpickling can run any code: load only files that you trust.
 
-        :param path: path to the file (or a file-like) where to load the agent from
-        :param env: the new environment to run the loaded model on
-            (can be None if you only need prediction from a trained model) has priority over any saved environment
-        :param device: Device on which the code should run: "cpu" or "auto"
-        :param custom_objects: Dictionary of objects to replace upon loading.
-        :param print_system_info: Whether to print system info from the saved model and the current system info
-        :param force_reset: Force call to ``reset()`` before training
-        :param kwargs: extra arguments to change the model when loading
-        :return: new model instance with loaded parameters
         :raises ValueError: if the file is damaged or was saved by another algorithm, or if an argument is bad
         """
         check_archive(path, own_argument="envs_per_update")
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
-        """
-        Return the parameters of the agent; while workers run, with the current state of the shared optimizer.
-
-        :return: Mapping from names of the objects to PyTorch state-dicts.
-        """
+        """As SB3's ``get_parameters``; while workers run, with the current state of the shared optimizer."""
         if self._collector is not None:
             self._collector.store.fetch_optimizer(self.policy)
         parameters: dict[str, dict[str, Any]] = super().get_parameters()
@@ -458,14 +440,10 @@ class A3C(OnPolicyAlgorithm):
         self, load_path_or_dict: str | dict[str, Any], exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         """
-        Load parameters from a given zip-file or a nested dictionary containing parameters for different modules. Running
-        workers continue from these; gradients that they are computing from older parameters are still applied.
+        As SB3's ``set_parameters``. Running workers continue from these parameters; gradients that they are computing from
+        older ones are still applied.
 
-        :param load_path_or_dict: Location of the saved data (path or file-like, see ``save``), or a nested dictionary
-            containing nn.Module parameters used by the policy, as :meth:`get_parameters` returns it
-        :param exact_match: If True, the given parameters should include parameters for each module and each of their
-            parameters, otherwise raises an Exception
-        :param device: Device on which the code should run
+        :raises ValueError: while workers run, if a parameter is NaN or infinite
         """
         super().set_parameters(load_path_or_dict, exact_match, device)
         if self._collector is not None:
@@ -474,10 +452,8 @@ class A3C(OnPolicyAlgorithm):
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """
-        Set the environment to learn from, see Stable-Baselines3.
+        As SB3's ``set_env``.
 
-        :param env: The environment for learning a policy
-        :param force_reset: Force call to ``reset()`` before training
         :raises RuntimeError: if called by a callback while workers learn in other environments
         """
         if self._collector is not None:
