@@ -1,15 +1,15 @@
 """
-Atari environments as ``make_atari_env`` makes them, only faster.
+Atari environments equal to those of SB3's ``make_atari_env``, but faster.
 
-SB3's wrappers read every frame of the emulator, in colour, and shrink whole pictures. Here only the two frames of four that
-are shown are read, as grey levels, and only what has changed is shrunk anew. All else is done by SB3's own wrappers, frame
-by frame: no-ops, lives, FIRE, ``Monitor``, the sign of rewards. So seeds, rewards, dones and infos are equal step for step,
-and what is made is a ``DummyVecEnv``, with all that SB3 and A3C can do with one.
+SB3's wrappers read every frame of the emulator in colour and resize whole frames. This module reads only the two frames of
+four that are shown, in grey levels, and resizes only the parts that have changed. SB3's own wrappers do the rest frame by
+frame (no-ops, lives, FIRE, ``Monitor``, the sign of rewards), so seeds, rewards, dones and infos are equal step for step.
+The result is a ``DummyVecEnv``, with everything that SB3 and A3C can do with one.
 
-ALE's own batch of environments (``ale_py.AtariVectorEnv``) can't do the same: it steps all of its environments or none,
-while a reset of SB3's goes on with one of them for several steps (a no-op after a lost life, FIRE, UP); and it keeps the
-rewards of no-ops to itself. On one core, which is what a worker has, this here takes about as long as that batch. It uses
-one core, as ALE keeps Python's lock: for more use A3C's workers or, with other algorithms, ``vec_env_cls=SubprocVecEnv``.
+ALE's own vectorised environment (``ale_py.AtariVectorEnv``) can't replace it: it steps all environments or none, whereas a
+reset in SB3 may step one of them several times (a no-op after a lost life, FIRE, UP), and it does not return the rewards of
+no-ops. On one core, which is what a worker has, both take about the same time. This one uses a single core, because ALE
+holds Python's lock: for more, use A3C's workers or, with other algorithms, ``vec_env_cls=SubprocVecEnv``.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ except ImportError as error:
 
 gym.register_envs(ale_py)
 
-#: Of the 103 games that come with ALE 0.12.1, those whose grey levels it gets wrong by more than 1: they are read in colour.
+#: Games whose grey levels are wrong by more than 1 in ALE 0.12.1 (one of 103). They are read in colour.
 _WRONG_GREYS = ("air_raid",)
 
 #: Arguments of ALE's environments that say what an observation or an action is.
@@ -54,8 +54,8 @@ class GreyFrames(gym.Wrapper[Any, Any, Any, Any]):
     """
     SB3's ``MaxAndSkipEnv`` and ``WarpFrame`` in one, with grey levels read from the emulator.
 
-    :param env: an environment of ALE, also under wrappers; what it observes is not used
-    :param skip: each action is repeated for so many frames
+    :param env: an environment of ALE, possibly wrapped; its observations are ignored
+    :param skip: number of frames for which each action is repeated
     :param size: height and width of the observations
     """
 
@@ -65,17 +65,17 @@ class GreyFrames(gym.Wrapper[Any, Any, Any, Any]):
         self._skip = skip
         screen: tuple[int, int] = self._ale.getScreenDims()
         self._in_colour = env.unwrapped.spec is not None and env.unwrapped.spec.kwargs["game"] in _WRONG_GREYS
-        self._read_screen = "getScreenRGB" if self._in_colour else "getScreenGrayscale"  # method of the emulator
-        # as in SB3 not cleared by a reset: a step that the end of the game cuts short shows what was there before
+        self._read_screen = "getScreenRGB" if self._in_colour else "getScreenGrayscale"  # a method of the emulator
+        # as in SB3 not cleared by a reset: a step that ends early, with the game, shows older frames
         self._last_two = np.zeros((2, *screen, 3) if self._in_colour else (2, *screen), dtype=np.uint8)
         self._frame = np.zeros(screen, dtype=np.uint8)
-        self._picture = np.zeros((size, size), dtype=np.uint8)  # of that frame
-        # when it is shrunk, 5 lines of 210 become 2 of 84 and depend on no others; enlarged, lines depend on neighbours
+        self._picture = np.zeros((size, size), dtype=np.uint8)  # that frame, resized
+        # shrunk from 210 to 84 lines, each 5 lines become 2 that depend on no others; enlarged, lines depend on neighbours
         self._n_stripes = math.gcd(size, screen[0]) if size <= min(screen) else 1
 
     def reset(self, **kwargs: Any) -> tuple[npt.NDArray[np.uint8], dict[str, Any]]:
         """
-        :param kwargs: as of ``gym.Env.reset``
+        :param kwargs: those of ``gym.Env.reset``
         :return: the first frame, information
         """
         _, info = self.env.reset(**kwargs)
@@ -83,7 +83,7 @@ class GreyFrames(gym.Wrapper[Any, Any, Any, Any]):
 
     def step(self, action: Any) -> tuple[npt.NDArray[np.uint8], float, bool, bool, dict[str, Any]]:
         """
-        :param action: to be repeated
+        :param action: repeated for ``skip`` frames
         :return: the maximum of the last two frames, sum of rewards, terminated, truncated, information
         """
         total_reward = 0.0
@@ -99,11 +99,11 @@ class GreyFrames(gym.Wrapper[Any, Any, Any, Any]):
 
     @property
     def _ale(self) -> Any:
-        """Not kept here: unlike the environment, the emulator can't be pickled."""
+        """The emulator; not an attribute, because unlike the environment it can't be pickled."""
         return self.unwrapped.ale  # type: ignore[attr-defined]
 
     def _warped(self, frame: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Resize a frame as SB3 does, but only the stripes of lines that are not what they were in the frame before."""
+        """Resize a frame as SB3 does, but only those stripes of lines that differ from the previous frame."""
         n_stripes, size, width = self._n_stripes, len(self._picture), frame.shape[1]
         # (height, width) -> (n_stripes, pixels of a stripe)
         changed = np.flatnonzero((frame != self._frame).reshape(n_stripes, -1).any(axis=1))
@@ -171,8 +171,8 @@ def make_ale_vec_env(
     monitor_kwargs: dict[str, Any] | None = None,
 ) -> VecEnv:
     """
-    ``make_atari_env``, but faster. Only pixels differ, and only where the two frames that are shown as one have different
-    colours: here the brighter one is taken, in SB3 the maximum of red, green and blue.
+    SB3's ``make_atari_env``, but faster. Only pixels differ, and only where the last two frames of a step have different
+    colours: this function takes the brighter one, SB3 the maximum of red, green and blue.
 
     :param env_id: the environment ID, such as "PongNoFrameskip-v4"
     :param n_envs: the number of environments you wish to have in parallel
@@ -190,7 +190,7 @@ def make_ale_vec_env(
     :raises ValueError: for arguments that can't be used
     """
     _check_kwargs(wrapper_kwargs or {}, env_kwargs or {})
-    # what gymnasium checks in every frame takes time, and Monitor checks it too
+    # gymnasium's checks of every frame take time, and Monitor repeats them
     spec = dataclasses.replace(_spec(env_id), order_enforce=False, disable_env_checker=True)
     return make_vec_env(
         functools.partial(gym.make, spec),
@@ -199,7 +199,7 @@ def make_ale_vec_env(
         start_index,
         monitor_dir,
         ale_wrapper,
-        # frames come from the emulator: of the kinds of observation, the one that takes no time
+        # observations are not used, frames come from the emulator: "ram" is the fastest kind
         {"render_mode": "rgb_array", "obs_type": "ram", **(env_kwargs or {})},
         vec_env_cls,
         vec_env_kwargs,

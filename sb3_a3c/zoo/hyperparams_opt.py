@@ -1,4 +1,4 @@
-"""What RL Zoo's ``-optimize`` tries for A3C."""
+"""The search space of RL Zoo's ``-optimize`` for A3C."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from rl_zoo3.hyperparams_opt import convert_onpolicy_params
 
 def sample_a3c_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
-    Sampler for A3C hyperparams. What is not among them stays as the file says; ``policy_kwargs`` are replaced.
+    Sampler for A3C hyperparams. Those that are not sampled stay as in the file; ``policy_kwargs`` are replaced.
 
-    :param trial: asked for values; its attribute "recurrent" says whether the policy has an LSTM of ours
+    :param trial: an Optuna trial; its user attribute "recurrent" says whether the policy has an LSTM of this package
     :param n_actions: not used
-    :param n_envs: number of environments: an update learns from at most so many
+    :param n_envs: number of environments, the upper limit of ``envs_per_update``
     :param additional_args: not used
     :return: keyword arguments for A3C
     """
@@ -37,10 +37,7 @@ def sample_a3c_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
 
 
 def convert_a3c_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
-    """
-    :param sampled_params: a trial's values, as optuna stores them
-    :return: keyword arguments for A3C
-    """
+    """Convert a trial's values, as Optuna stores them, to keyword arguments for A3C."""
     hyperparams = convert_onpolicy_params(sampled_params)
     hyperparams["envs_per_update"] = 2 ** hyperparams.pop("envs_per_update_pow")
     if "lstm_hidden_size_pow" in hyperparams:
