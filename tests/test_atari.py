@@ -1,4 +1,4 @@
-"""Atari environments as ``make_atari_env`` makes them, only faster: equal step for step, and of use wherever those are."""
+"""``make_ale_vec_env`` against SB3's ``make_atari_env``: equal step for step, and usable wherever that is."""
 
 import subprocess
 import sys
@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from stable_baselines3 import A2C, PPO
+from stable_baselines3 import A2C
 from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -22,10 +21,8 @@ from stable_baselines3.common.vec_env import (
     SubprocVecEnv,
     VecEnv,
     VecFrameStack,
-    VecMonitor,
     VecNormalize,
     VecTransposeImage,
-    VecVideoRecorder,
 )
 
 from sb3_a3c import A3C
@@ -39,7 +36,7 @@ SHORT_GAMES: dict[str, Any] = {"max_num_frames_per_episode": 100}
 
 @pytest.fixture
 def envs() -> Iterator[Callable[..., VecEnv]]:
-    """Makes environments, and closes them."""
+    """``make_ale_vec_env``; closes the environments after the test."""
     made: list[VecEnv] = []
 
     def make(*args: Any, **kwargs: Any) -> VecEnv:
@@ -56,7 +53,7 @@ def envs() -> Iterator[Callable[..., VecEnv]]:
 
 @dataclass
 class Comparison:
-    """Of SB3's environments with ours; raises where anything but the pixels differs."""
+    """Steps SB3's environments and ours; raises if anything but the pixels differs. The attributes are counts."""
 
     levels: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, dtype=np.int64))  #: pixels by difference
     rewards: float = 0.0  #: sum of their absolute values
@@ -70,10 +67,8 @@ class Comparison:
         self._compare_pixels(sb3.reset(), ours.reset())
         assert sb3.reset_infos == ours.reset_infos
         for actions in np.random.default_rng(0).integers(0, sb3.action_space.n, (n_steps, sb3.num_envs)):  # type: ignore[attr-defined]
-            (obs, rewards, dones, infos), (our_obs, our_rewards, our_dones, our_infos) = (
-                sb3.step(actions),
-                ours.step(actions),
-            )
+            obs, rewards, dones, infos = sb3.step(actions)
+            our_obs, our_rewards, our_dones, our_infos = ours.step(actions)
             self._compare_pixels(obs, our_obs)
             np.testing.assert_array_equal(rewards, our_rewards)
             np.testing.assert_array_equal(dones, our_dones)
@@ -110,25 +105,25 @@ def compare(env_id: str, n_steps: int, n_envs: int = 1, **kwargs: Any) -> Compar
     return comparison
 
 
-def test_a_game_for_which_ale_has_wrong_grey_levels() -> None:
+def test_a_game_of_which_ale_reads_wrong_grey_levels() -> None:
     comparison = compare("AirRaidNoFrameskip-v4", 100, wrapper_kwargs={"noop_max": 0})
     assert comparison.levels[0] == comparison.levels.sum() > 0
 
 
 @pytest.mark.parametrize("env_id", [PONG, BREAKOUT, INVADERS])
-def test_games_are_those_of_make_atari_env(env_id: str) -> None:
+def test_games(env_id: str) -> None:
     comparison = compare(env_id, 1500, wrapper_kwargs={"noop_max": 0})
     assert comparison.rewards > 0
     assert comparison.dones >= comparison.episodes >= 1
-    assert (comparison.dones > comparison.episodes) == (env_id != PONG)  # lives are lost, but in Pong there are none
+    assert (comparison.dones > comparison.episodes) == (env_id != PONG)  # Pong has no lives to lose
     assert comparison.truncations == 0
 
 
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {},  # also the number of no-ops is the same
-        {"wrapper_kwargs": {"screen_size": 83}},  # has no divisor with the frames' 210 lines
+        {},  # with no-ops
+        {"wrapper_kwargs": {"screen_size": 83}},  # has no common divisor with the 210 lines of a frame
         {"wrapper_kwargs": {"screen_size": 270}},  # larger than the frames
         {"wrapper_kwargs": {"terminal_on_life_loss": False, "clip_reward": False}},
         {"wrapper_kwargs": {"frame_skip": 1, "screen_size": 42}},
@@ -136,27 +131,27 @@ def test_games_are_those_of_make_atari_env(env_id: str) -> None:
         {"env_kwargs": {"mode": 8, "difficulty": 1, "full_action_space": True, "repeat_action_probability": 0.25}},
     ],
 )
-def test_arguments_mean_the_same(kwargs: dict[str, Any]) -> None:
+def test_arguments(kwargs: dict[str, Any]) -> None:
     comparison = compare(BREAKOUT, 150, n_envs=2, **kwargs)
     assert comparison.dones > 0
-    assert comparison.levels[1:].sum() == 0  # in this game even the pixels are equal
+    assert comparison.levels[1:].sum() == 0  # in this game the pixels are equal, too
 
 
-def test_an_id_with_a_frame_skip_of_its_own_means_the_same() -> None:
+def test_an_id_with_its_own_frame_skip() -> None:
     compare("ALE/Pong-v5", 50, n_envs=2)
 
 
 @pytest.mark.parametrize(("n_frames", "n_steps"), [(5, 20), (6, 20), (50, 60)])  # 5, 6: within the steps of a reset
-def test_truncation_is_the_same(n_frames: int, n_steps: int) -> None:
+def test_truncation(n_frames: int, n_steps: int) -> None:
     env_kwargs = {"max_num_frames_per_episode": n_frames}
     assert compare(BREAKOUT, n_steps, n_envs=2, wrapper_kwargs={"noop_max": 0}, env_kwargs=env_kwargs).truncations > 0
 
 
-def test_a_time_limit_of_gymnasium_is_the_same() -> None:
+def test_time_limit_of_gymnasium() -> None:
     assert compare(BREAKOUT, 60, env_kwargs={"max_episode_steps": 75}).truncations > 0
 
 
-def test_monitor_files_are_the_same(tmp_path: Path) -> None:
+def test_monitor_files(tmp_path: Path) -> None:
     kwargs: dict[str, Any] = {"start_index": 3, "monitor_kwargs": {"info_keywords": ("lives",)}, "env_kwargs": SHORT_GAMES}
     for make in (make_atari_env, make_ale_vec_env):
         env = make(BREAKOUT, 2, seed=5, monitor_dir=str(tmp_path / make.__name__), **kwargs)
@@ -173,10 +168,10 @@ def test_monitor_files_are_the_same(tmp_path: Path) -> None:
 
 
 def test_seeds(envs: Callable[..., VecEnv]) -> None:
-    env = envs(BREAKOUT, 3, seed=7, wrapper_kwargs={"terminal_on_life_loss": False})  # so that `reset` resets in mid-game
+    env = envs(BREAKOUT, 3, seed=7, wrapper_kwargs={"terminal_on_life_loss": False})  # so `reset` resets during a game
 
     def frames() -> list[int]:
-        """:return: how many frames there were until the end of the first step, no-ops included"""
+        """Number of frames until the end of the first step, no-ops included."""
         env.reset()
         return [info["episode_frame_number"] for info in env.step(np.zeros(3, dtype=int))[3]]
 
@@ -189,7 +184,7 @@ def test_seeds(envs: Callable[..., VecEnv]) -> None:
     assert frames()[:2] == first[1:]
 
 
-# --- what can't be ---
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -210,10 +205,10 @@ def test_errors(env_id: Any, kwargs: dict[str, Any], message: str) -> None:
         make_ale_vec_env(env_id, **kwargs)
 
 
-def test_only_this_module_needs_ale() -> None:
-    program = "import sys; sys.modules['ale_py'] = None; import sb3_a3c; print('fine'); import sb3_a3c.atari"
+def test_only_this_module_imports_ale() -> None:
+    program = "import sys; sys.modules['ale_py'] = None; import sb3_a3c; print('imported'); import sb3_a3c.atari"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert result.stdout == "fine\n"
+    assert result.stdout == "imported\n"
     assert "ImportError: sb3_a3c.atari needs packages" in result.stderr
     assert "pip install ale-py opencv-python-headless" in result.stderr
 
@@ -221,7 +216,7 @@ def test_only_this_module_needs_ale() -> None:
 # --- with workers, wrappers, algorithms ---
 
 
-def test_it_is_a_dummy_vec_env_of_monitored_environments(envs: Callable[..., VecEnv]) -> None:
+def test_is_a_dummy_vec_env_with_monitors(envs: Callable[..., VecEnv]) -> None:
     env = envs(PONG, 2)
     assert type(env) is DummyVecEnv
     assert env.env_is_wrapped(Monitor) == [True, True]
@@ -231,17 +226,17 @@ def test_it_is_a_dummy_vec_env_of_monitored_environments(envs: Callable[..., Vec
     assert [image.shape for image in images if image is not None] == [(210, 160, 3)] * 2
 
 
-def test_a_share_plays_the_same_games_from_the_beginning(envs: Callable[..., VecEnv]) -> None:
+def test_a_workers_share_plays_the_same_games(envs: Callable[..., VecEnv]) -> None:
     whole = envs(BREAKOUT, 3, seed=2)
     actions = np.random.default_rng(0).integers(0, 4, (60, 3))
     expected: list[Any] = [whole.reset(), *(whole.step(row)[0] for row in actions)]
-    share = split_env(whole, [[1, 2]], FirstReset((2, 3, 4), ({},) * 3))[0].open()  # of games that are under way
+    share = split_env(whole, [[1, 2]], FirstReset((2, 3, 4), ({},) * 3))[0].open()  # of games that have begun
     played: list[Any] = [share.reset(), *(share.step(row[1:])[0] for row in actions)]
     np.testing.assert_array_equal(np.stack(played), np.stack(expected)[:, 1:])
     share.close()
 
 
-def test_processes(envs: Callable[..., VecEnv]) -> None:
+def test_subproc_vec_env(envs: Callable[..., VecEnv]) -> None:
     actions = np.random.default_rng(0).integers(0, 4, (20, 2))
     here, there = (envs(BREAKOUT, 2, seed=2, vec_env_cls=kind) for kind in (DummyVecEnv, SubprocVecEnv))
     np.testing.assert_array_equal(here.reset(), there.reset())
@@ -265,35 +260,12 @@ def test_a3c(n_workers: int, envs: Callable[..., VecEnv], tmp_path: Path) -> Non
     loaded = A3C.load(tmp_path / "model.zip", stack)
     (returns, _) = evaluate_policy(loaded, eval_env, n_eval_episodes=2, return_episode_rewards=True)
     assert np.shape(returns) == (2,)
-    stack.reset()  # the user's own environments are still there, and write to the files behind the workers' lines
+    stack.reset()  # the user's environments still work, and append to the workers' monitor files
     for _ in range(40):
         stack.step(np.zeros(3, dtype=int))
     assert len(load_results(str(tmp_path))) >= n_games + 3
 
 
-@pytest.mark.parametrize("algorithm", [A2C, PPO])
-def test_other_algorithms(algorithm: type[BaseAlgorithm], envs: Callable[..., VecEnv]) -> None:
-    kwargs: dict[str, Any] = {"n_steps": 8, "policy_kwargs": {"features_extractor_kwargs": {"features_dim": 8}}}
-    if algorithm is PPO:
-        kwargs.update(batch_size=16, n_epochs=1)
-    model = algorithm("CnnPolicy", envs(PONG, 2), **kwargs).learn(32)
-    assert model.num_timesteps == 32
-
-
-def test_vec_monitor_goes_on_top(envs: Callable[..., VecEnv]) -> None:
-    with pytest.warns(UserWarning, match="already wrapped with a `Monitor`"):  # as with make_atari_env
-        env = VecMonitor(envs(BREAKOUT, 1, env_kwargs=SHORT_GAMES))
-    env.reset()
-    lengths = [info["episode"]["l"] for _ in range(40) for info in env.step(np.zeros(1, dtype=int))[3] if "episode" in info]
-    assert lengths  # in steps, where Monitor counts frames
-    assert all(length <= 25 for length in lengths)
-
-
-def test_video(envs: Callable[..., VecEnv], tmp_path: Path) -> None:
-    pytest.importorskip("moviepy")
-    env = VecVideoRecorder(envs(PONG, 2), str(tmp_path), lambda step: step == 0, video_length=5)
-    env.reset()
-    for _ in range(6):
-        env.step(np.zeros(2, dtype=int))
-    env.close()
-    assert [path.suffix for path in tmp_path.iterdir()] == [".mp4"]
+def test_a2c(envs: Callable[..., VecEnv]) -> None:
+    policy_kwargs = {"features_extractor_kwargs": {"features_dim": 8}}
+    assert A2C("CnnPolicy", envs(PONG, 2), n_steps=8, policy_kwargs=policy_kwargs).learn(32).num_timesteps == 32

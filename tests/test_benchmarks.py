@@ -1,4 +1,4 @@
-"""The benchmarks still measure: short runs, whose figures mean nothing."""
+"""The benchmarks still run: too shortly for their figures to mean anything."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 
 
@@ -19,7 +20,6 @@ def last_line(script: str, *arguments: str) -> str:
     return result.stdout.splitlines()[-1]
 
 
-@pytest.mark.slow
 def test_throughput_of_a3c_and_what_bounds_it() -> None:
     arguments = ("--games", "Pong", "--seconds", "0.4", "--only")
     a3c = json.loads(last_line("throughput.py", *arguments, "A3C, native"))
@@ -30,24 +30,20 @@ def test_throughput_of_a3c_and_what_bounds_it() -> None:
     assert bound["steps/s"] == pytest.approx(len(os.sched_getaffinity(0)) * 1e6 / (bound["emulator"] + bound["network"]))
 
 
-@pytest.mark.slow
 def test_scaling() -> None:
     assert float(last_line("scaling.py", "--only", "1", "--seconds", "0.4")) > 0
 
 
-@pytest.mark.slow
 def test_pong_settings() -> None:
     line = last_line("pong_settings.py", "--n-envs", "4", "--seconds", "0.4")
     assert line.startswith("n_envs=4: ")
     assert line.endswith(" steps/s")
 
 
-@pytest.mark.slow
 def test_guard() -> None:
     assert re.fullmatch(r"guard and heartbeat: [\d.]+ ms, [\d.]+% of it", last_line("guard.py", "--rollouts", "2"))
 
 
-@pytest.mark.slow
 def test_soak() -> None:
     arguments = ("--minutes", "0.4", "--kill-every", "4", "--n-envs", "4")
     assert last_line("soak.py", *arguments) == "left: 0 segments of shared memory, 0 workers"

@@ -1,8 +1,8 @@
 """
 The gradient of a worker against a per-step loop over autograd, on Pong.
 
-The loop below is written from the paper alone: it imports nothing of ``loss.py`` or ``worker.py``, walks through a rollout
-one step and one environment at a time, and computes the LSTM cell by hand.
+The loop is written from the paper alone: it uses nothing of ``actor_learner.loss``, goes through a rollout one step and one
+environment at a time, and computes the LSTM cell from its equations.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ from sb3_a3c.actor_learner.loss import LossTerms
 N_ENVS, N_STEPS, GAMMA, ENT_COEF, VF_COEF = 2, 20, 0.99, 0.01, 0.5
 
 
-class EndsNowAndThen(gym.Wrapper[Any, Any, Any, Any]):
-    """Ends an episode after 7, 18, 29, … steps, in turn as a terminal state and as a time limit."""
+class EndsOften(gym.Wrapper[Any, Any, Any, Any]):
+    """Ends episodes after 7, 18, 29, … steps, alternately by a time limit and in a terminal state."""
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
         super().__init__(env)
@@ -46,7 +46,7 @@ def features(policy: Any, obs: np.ndarray, dtype: th.dtype) -> th.Tensor:
 
 
 def lstm_cell(lstm: Any, x: th.Tensor, h: th.Tensor, c: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-    """The textbook's equations, on vectors."""
+    """The equations of an LSTM cell, on vectors."""
     gates = lstm.weight_ih_l0 @ x + lstm.bias_ih_l0 + lstm.weight_hh_l0 @ h + lstm.bias_hh_l0
     i, f, g, o = gates.chunk(4)
     c = th.sigmoid(f) * c + th.sigmoid(i) * th.tanh(g)
@@ -87,28 +87,28 @@ def loss_of_one_environment(policy: Any, rollout: Rollout, env: int, dtype: th.d
 
 @pytest.fixture
 def learner(request: pytest.FixtureRequest) -> ActorLearner:
-    """A worker whose policy has the precision asked for."""
+    """A worker whose policy has the precision of the test's parameter."""
     env = make_atari_env("PongNoFrameskip-v4", n_envs=N_ENVS, seed=3, wrapper_kwargs={"noop_max": 5})
-    env.envs = [EndsNowAndThen(single) for single in env.envs]  # type: ignore[attr-defined]
+    env.envs = [EndsOften(single) for single in env.envs]  # type: ignore[attr-defined]
     model = A3C("CnnLstmPolicy", env, n_workers=0, seed=3, envs_per_update=N_ENVS, gamma=GAMMA, vf_coef=VF_COEF)
-    with th.no_grad():  # heads as a trained policy's: the initial ones make nearly uniform choices
+    with th.no_grad():  # a head like that of a trained policy: the initial one is nearly uniform
         next(model.policy.action_net.parameters()).mul_(100)
     model.policy = model.policy.to(request.param)
     learners = []
-    act_and_learn = ActorLearner.__init__
+    init = ActorLearner.__init__
 
-    def remember(self: ActorLearner, *args: Any) -> None:
-        act_and_learn(self, *args)
+    def init_and_record(self: ActorLearner, *args: Any) -> None:
+        init(self, *args)
         learners.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ActorLearner, "__init__", remember)
+        patch.setattr(ActorLearner, "__init__", init_and_record)
         model.learn(1)
     return learners[0]
 
 
 @pytest.mark.parametrize(("learner", "bound"), [(th.float64, 1e-9), (th.float32, 1e-4)], indirect=["learner"])
-def test_gradient_is_the_papers(
+def test_gradient(
     learner: ActorLearner, bound: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recorded: list[dict[str, th.Tensor]] = []
@@ -123,7 +123,7 @@ def test_gradient_is_the_papers(
     monkeypatch.setattr(ActorLearner, "_compute_gradient", compute_and_record)
     monkeypatch.setattr(learner, "should_stop", lambda: False)
     worst, n_ends_inside = 0.0, 0
-    for _ in range(20):
+    for _ in range(4):
         learner.replica.pull()
         rollout = learner._act()
         assert rollout is not None
@@ -136,6 +136,6 @@ def test_gradient_is_the_papers(
             error = float((recorded[-1][name] - reference).norm() / reference.norm())
             worst = max(worst, error)
             assert error <= bound, (name, error)
-    assert n_ends_inside >= 20
+    assert n_ends_inside >= 10
     with capsys.disabled():
         print(f"\nlargest relative L2 error of a parameter's gradient: {worst:.1e} ({n_ends_inside} ends in mid-rollout)")

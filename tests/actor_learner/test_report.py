@@ -1,4 +1,4 @@
-"""Where a worker's time goes."""
+"""The timer of a worker's activities."""
 
 import time
 

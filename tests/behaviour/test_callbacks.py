@@ -1,4 +1,4 @@
-"""Every callback of Stable-Baselines3, by its numbers: in this process, with workers, with workers on a SubprocVecEnv."""
+"""Stable-Baselines3's callbacks: in this process, with workers, and with workers on a SubprocVecEnv."""
 
 import csv
 import itertools
@@ -28,31 +28,29 @@ from stable_baselines3.common.callbacks import (
     StopTrainingOnRewardThreshold,
 )
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize
 
 from sb3_a3c import A3C
 
-N_ENVS, N_STEPS = 4, 5  # two workers report 10 transitions at a time, so that the last row may remain incomplete
+N_ENVS, N_STEPS = 4, 5  # two workers report 10 transitions at a time, so the last row may be incomplete
 PER_UPDATE = 2 * N_STEPS  # transitions that an update learns from
 
-# SB3 compares the types of both environments; an evaluation in the main process needs no processes of its own
+# SB3 warns if the evaluation environment is no SubprocVecEnv when the training environment is one
 OTHER_TYPE_FOR_EVALUATION = pytest.mark.filterwarnings("ignore:Training and eval env are not of the same type:UserWarning")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Four CartPoles, and who trains on them."""
+    """Four CartPoles, and the number of workers that train on them."""
 
     n_workers: int
     env: VecEnv
     folder: Path  #: of the monitor files
 
     def model(self, **kwargs: Any) -> A3C:
-        settings = {"n_steps": N_STEPS, "envs_per_update": 2, "n_workers": self.n_workers}
-        return A3C("MlpPolicy", self.env, **{**settings, **kwargs})
+        return A3C("MlpPolicy", self.env, envs_per_update=2, n_workers=self.n_workers, **{"n_steps": N_STEPS, **kwargs})
 
     def episodes(self) -> Counter[tuple[float, ...]]:
         """Return, length and time of all episodes in the monitor files."""
@@ -65,14 +63,17 @@ class Setup:
 
 @pytest.fixture(scope="module")
 def subproc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[VecEnv, Path]]:
-    """One for all tests: its processes take seconds to start."""
+    """Shared by all tests of this file, because its processes take seconds to start."""
     folder = tmp_path_factory.mktemp("subproc")
     env = make_vec_env("CartPole-v1", n_envs=N_ENVS, monitor_dir=str(folder), vec_env_cls=SubprocVecEnv)
     yield env, folder
     env.close()
 
 
-@pytest.fixture(params=["in-process", "workers", "subproc"])
+ALL_SETUPS = pytest.mark.parametrize("setup", ["in-process", "workers", "subproc"], indirect=True)
+
+
+@pytest.fixture(params=["in-process", "workers"])
 def setup(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Setup]:
     if request.param == "subproc":
         yield Setup(2, *request.getfixturevalue("subproc"))
@@ -89,7 +90,7 @@ class Recorder(BaseCallback):
     def __init__(self, stop_at: int | None = None) -> None:
         super().__init__()
         self.stop_at = stop_at
-        self.events = ""  # S( ... )( ... )E: training starts, rollouts with their steps, training ends
+        self.events = ""  # S(...)(...)E: training starts, rollouts with their steps, training ends
         self.timesteps: list[int] = []
         self.n_dones: list[int] = []
         self.episodes: Counter[tuple[float, ...]] = Counter()
@@ -119,10 +120,17 @@ def weights(model: Any) -> th.Tensor:
     return th.cat([p.detach().flatten() for p in model.policy.parameters()])
 
 
-# --- the contract of calls and counts -------------------------------------------------------------------------------
+def episodes_of(model: A3C) -> Counter[tuple[float, ...]]:
+    """Return, length and time of all episodes that the model has counted."""
+    assert model.ep_info_buffer is not None
+    return Counter((e["r"], e["l"], e["t"]) for e in model.ep_info_buffer)
 
 
-def test_each_call_stands_for_n_envs_timesteps_and_each_episode_counts_once(setup: Setup) -> None:
+# --- calls and counts -----------------------------------------------------------------------------------------------
+
+
+@ALL_SETUPS
+def test_calls_timesteps_updates_and_episodes_are_counted_exactly(setup: Setup) -> None:
     recorder = Recorder()
     model = setup.model(stats_window_size=10_000)
     before = setup.episodes()
@@ -131,25 +139,29 @@ def test_each_call_stands_for_n_envs_timesteps_and_each_episode_counts_once(setu
     assert recorder.n_calls == model.num_timesteps // N_ENVS
     assert recorder.timesteps == [N_ENVS * (call + 1) for call in range(recorder.n_calls)]
     assert model._n_updates * PER_UPDATE == model.num_timesteps
+    # every rollout has n_steps calls but the last, which waits for the workers to finish
+    assert re.fullmatch(rf"S(\(\.{{{N_STEPS}}}\))+\(\.+\)E", recorder.events), recorder.events
 
     # each episode of the monitor files was counted, and all but those in an incomplete last row were seen
-    assert model.ep_info_buffer is not None
     played = setup.episodes() - before
     assert played.total() > 20
-    assert played == Counter((e["r"], e["l"], e["t"]) for e in model.ep_info_buffer)
+    assert played == episodes_of(model)
     assert recorder.episodes <= played
     assert (played - recorder.episodes).total() <= model.num_timesteps % N_ENVS
     assert sum(recorder.n_dones) == recorder.episodes.total()
 
-
-def test_hooks_come_in_sb3s_order(setup: Setup) -> None:
+    # a second call of learn continues counting, a third one resets
+    n_first, n_updates, recorder = model.num_timesteps, model._n_updates, Recorder()
+    model.learn(402, recorder, reset_num_timesteps=False)
+    n_new = model.num_timesteps - n_first
+    assert 402 <= n_new < 402 + PER_UPDATE * 2
+    assert recorder.timesteps == [n_first + N_ENVS * (call + 1) for call in range(n_new // N_ENVS)]
+    assert model._n_updates - n_updates == n_new // PER_UPDATE
+    assert setup.episodes() - before == episodes_of(model)
     recorder = Recorder()
-    setup.model().learn(400, recorder)
-    # every rollout has n_steps calls but the last, which waits for the workers to finish
-    assert re.fullmatch(rf"S(\(\.{{{N_STEPS}}}\))+\(\.+\)E", recorder.events), recorder.events
-    stopped = Recorder(stop_at=7)
-    setup.model().learn(400, stopped)
-    assert stopped.events == "S(.....)(..E"  # as in A2C, no on_rollout_end after False
+    model.learn(402, recorder)
+    assert recorder.timesteps == [N_ENVS * (call + 1) for call in range(recorder.n_calls)]
+    assert 402 <= model.num_timesteps < 402 + PER_UPDATE * 2
 
 
 def test_locals_are_those_of_an_on_policy_algorithm(setup: Setup) -> None:
@@ -185,36 +197,35 @@ def test_locals_are_those_of_an_on_policy_algorithm(setup: Setup) -> None:
     assert n_steps[:100] == [call % N_STEPS for call in range(100)]
 
 
-@pytest.mark.parametrize("kind", [CallbackList, list])
-def test_after_false_nobody_is_called_again(setup: Setup, kind: type[Any]) -> None:
-    before, stop, after = Recorder(), Recorder(stop_at=12), Recorder()
-    nested = Recorder()
+@ALL_SETUPS
+def test_no_callback_is_called_after_one_returned_false(setup: Setup) -> None:
+    before, stop, nested, after = Recorder(), Recorder(stop_at=12), Recorder(), Recorder()
     model = setup.model()
-    model.learn(100_000, kind([before, stop, CallbackList([nested]), after]))
+    model.learn(100_000, [before, stop, CallbackList([nested]), after])
     for callback in (before, stop, nested, after):
         assert callback.timesteps == [N_ENVS * (call + 1) for call in range(12)]
-        assert callback.events == "S(.....)(.....)(..E"
+        assert callback.events == "S(.....)(.....)(..E"  # as in A2C, no on_rollout_end after False
         assert callback.episodes == before.episodes
     assert 12 * N_ENVS <= model.num_timesteps < 100_000
     assert model._n_updates * PER_UPDATE == model.num_timesteps
 
 
-def test_what_came_after_false_is_counted_too(setup: Setup) -> None:
+def test_transitions_made_after_false_are_counted(setup: Setup) -> None:
     stop, model = Recorder(stop_at=1), setup.model(n_steps=50)
     before = setup.episodes()
     model.learn(100_000, stop)
     assert stop.n_calls == 1
     assert model.num_timesteps >= 4 * 50  # each worker has reported at least once
     assert model._n_updates * 2 * 50 == model.num_timesteps
-    # of 50 steps of a bad player in four environments the callback has seen the first; a rollout under way is dropped
-    assert model.ep_info_buffer
-    counted = Counter((e["r"], e["l"], e["t"]) for e in model.ep_info_buffer)
-    assert counted <= setup.episodes() - before
+    # of 50 steps in each environment the callback has seen the first; a rollout that has begun is dropped
+    counted, played = episodes_of(model), setup.episodes() - before
+    assert counted
+    assert counted <= played
     if setup.n_workers == 0:
-        assert counted == setup.episodes() - before
+        assert counted == played
 
 
-def test_a_plain_function_is_called_with_locals_and_globals_and_may_stop(setup: Setup) -> None:
+def test_a_function_as_callback(setup: Setup) -> None:
     timesteps: list[int] = []
 
     def note(local: dict[str, Any], global_: dict[str, Any]) -> bool:
@@ -226,9 +237,9 @@ def test_a_plain_function_is_called_with_locals_and_globals_and_may_stop(setup: 
     assert timesteps == [N_ENVS * (call + 1) for call in range(13)]
 
 
-def test_an_exception_in_the_first_call_leaves_what_was_counted_and_learned(setup: Setup) -> None:
+def test_after_an_exception_in_a_callback_the_model_has_what_was_learned(setup: Setup) -> None:
     def fail(*_: Any) -> bool:
-        assert th.equal(weights(model), initial)  # the callback's private copy is still the old one
+        assert th.equal(weights(model), initial)  # refreshed only at the end of a rollout
         raise ZeroDivisionError
 
     model = setup.model()
@@ -239,36 +250,17 @@ def test_an_exception_in_the_first_call_leaves_what_was_counted_and_learned(setu
     assert model._n_updates * PER_UPDATE == model.num_timesteps
     assert not th.equal(weights(model), initial)
     assert th.isfinite(weights(model)).all()
-    # and the next training goes on from there
+    # the next training continues from there
     n_before, recorder = model.num_timesteps, Recorder()
     model.learn(100, recorder, reset_num_timesteps=False)
     assert recorder.timesteps == [n_before + N_ENVS * (call + 1) for call in range(recorder.n_calls)]
     assert n_before + 100 <= model.num_timesteps
 
 
-def test_a_second_learn_goes_on_counting_unless_it_is_to_reset(setup: Setup) -> None:
-    model = setup.model(stats_window_size=10_000)
-    before = setup.episodes()
-    first, second, third = Recorder(), Recorder(), Recorder()
-    model.learn(402, first)
-    n_first, n_updates = model.num_timesteps, model._n_updates
-    model.learn(402, second, reset_num_timesteps=False)
-    n_second = model.num_timesteps
-    assert n_first + 402 <= n_second < n_first + 402 + PER_UPDATE * 2
-    assert second.n_calls == (n_second - n_first) // N_ENVS
-    assert second.timesteps == [n_first + N_ENVS * (call + 1) for call in range(second.n_calls)]
-    assert model._n_updates - n_updates == (n_second - n_first) // PER_UPDATE
-    assert model.ep_info_buffer is not None
-    assert Counter((e["r"], e["l"], e["t"]) for e in model.ep_info_buffer) == setup.episodes() - before
-    model.learn(402, third)
-    assert third.timesteps == [N_ENVS * (call + 1) for call in range(third.n_calls)]
-    assert model.num_timesteps < 402 + PER_UPDATE * 2
-
-
 # --- CheckpointCallback ---------------------------------------------------------------------------------------------
 
 
-def test_checkpoints_hold_the_model_of_their_moment(setup: Setup, tmp_path: Path) -> None:
+def test_checkpoints(setup: Setup, tmp_path: Path) -> None:
     seen: dict[int, th.Tensor] = {}
 
     class Look(BaseCallback):
@@ -298,11 +290,11 @@ def test_checkpoints_hold_the_model_of_their_moment(setup: Setup, tmp_path: Path
 
 
 @OTHER_TYPE_FOR_EVALUATION
-def test_checkpoints_and_evaluations_have_the_normalization_of_their_moment(setup: Setup, tmp_path: Path) -> None:
+def test_vec_normalize_in_checkpoints_and_evaluations(setup: Setup, tmp_path: Path) -> None:
     env = VecNormalize(setup.env)
     evaluation_env = VecNormalize(make_vec_env("CartPole-v1"), training=False, norm_reward=False)
     seen: list[int] = []
-    # what workers may be ahead of the callbacks: four rollouts and the one that they are in; each reset counts too
+    # workers may be ahead of the callbacks by four rollouts and the current one; each reset counts too
     n_ahead = N_ENVS * (1 + N_STEPS * (5 if setup.n_workers else 1))
 
     class Look(BaseCallback):
@@ -356,17 +348,6 @@ class Script(gym.Env[npt.NDArray[np.float32], np.int64]):
         return np.zeros(4, dtype=np.float32), next(self.returns) if is_last else 0.0, is_last, False, {}
 
 
-class Fixed(gym.Wrapper[Any, Any, Any, Any]):
-    """Each episode begins alike."""
-
-    def reset(self, **_: Any) -> Any:
-        return self.env.reset(seed=7)
-
-
-def fixed_cartpole() -> Monitor[Any, Any]:
-    return Monitor(Fixed(gym.make("CartPole-v1")))
-
-
 class Dumps(KVWriter):
     """What was logged: for each dump its step and values."""
 
@@ -380,8 +361,9 @@ class Dumps(KVWriter):
         pass
 
 
+@ALL_SETUPS
 @OTHER_TYPE_FOR_EVALUATION
-def test_the_best_model_is_to_the_bit_the_one_that_was_scored(setup: Setup, tmp_path: Path) -> None:
+def test_the_best_model_is_the_one_that_was_evaluated(setup: Setup, tmp_path: Path) -> None:
     model, dumps = setup.model(learning_rate=1e-3), Dumps()
     model.set_logger(Logger(None, [dumps]))
     script = Script([3.0, 1.0, 4.0, 1.0, 5.0], model)
@@ -432,28 +414,6 @@ def test_the_best_model_is_to_the_bit_the_one_that_was_scored(setup: Setup, tmp_
 
 
 @OTHER_TYPE_FOR_EVALUATION
-def test_saved_scores_are_those_of_the_saved_model(setup: Setup, tmp_path: Path) -> None:
-    evaluation = EvalCallback(
-        fixed_cartpole(),
-        n_eval_episodes=2,
-        eval_freq=50,
-        log_path=str(tmp_path),
-        best_model_save_path=str(tmp_path),
-        verbose=0,
-    )
-    setup.model(learning_rate=1e-2).learn(1000, evaluation)
-    log = np.load(tmp_path / "evaluations.npz")
-    assert log["timesteps"].tolist() == [200, 400, 600, 800, 1000]
-    best = A3C.load(tmp_path / "best_model")
-    which = int(np.argmax(log["results"].mean(axis=1)))  # the first best one is the one that is kept
-    assert best.num_timesteps == log["timesteps"][which]
-    rewards, lengths = evaluate_policy(best, fixed_cartpole(), n_eval_episodes=2, return_episode_rewards=True)
-    assert rewards == log["results"][which].tolist()
-    assert lengths == log["ep_lengths"][which].tolist()
-    assert evaluation.best_mean_reward == np.mean(rewards)
-
-
-@OTHER_TYPE_FOR_EVALUATION
 def test_stop_training_on_reward_threshold(setup: Setup) -> None:
     threshold, recorder = StopTrainingOnRewardThreshold(reward_threshold=10.0), Recorder()
     script = Script([1.0, 9.9, 3.0, 10.0, 2.0])
@@ -465,11 +425,11 @@ def test_stop_training_on_reward_threshold(setup: Setup) -> None:
     assert list(script.returns) == [2.0]  # never played
 
 
-@pytest.mark.parametrize(("min_evals", "n_evaluations"), [(0, 5), (2, 5), (4, 9)])
+@pytest.mark.parametrize(("min_evals", "n_evaluations"), [(0, 5), (4, 9)])
 @OTHER_TYPE_FOR_EVALUATION
 def test_stop_training_on_no_model_improvement(setup: Setup, min_evals: int, n_evaluations: int) -> None:
     patience = StopTrainingOnNoModelImprovement(max_no_improvement_evals=2, min_evals=min_evals)
-    # two after the best of 5 are borne, the third ends it; where counting starts at the fifth, 9 comes in time
+    # the third evaluation below the best of 5 ends the training; if counting starts at the fifth, 9 is reached before
     script = Script([1.0, 5.0, 2.0, 3.0, 4.0, 9.0, 8.0, 7.0, 6.0, 5.0])
     recorder = Recorder()
     evaluation = EvalCallback(Monitor(script), callback_after_eval=patience, n_eval_episodes=1, eval_freq=20, verbose=0)
@@ -479,29 +439,7 @@ def test_stop_training_on_no_model_improvement(setup: Setup, min_evals: int, n_e
     assert len(list(script.returns)) == 10 - n_evaluations
 
 
-@OTHER_TYPE_FOR_EVALUATION
-def test_without_learning_rate_nothing_improves(setup: Setup, tmp_path: Path) -> None:
-    patience = StopTrainingOnNoModelImprovement(max_no_improvement_evals=3)
-    evaluation = EvalCallback(
-        fixed_cartpole(),
-        callback_after_eval=patience,
-        n_eval_episodes=2,
-        eval_freq=20,
-        log_path=str(tmp_path),
-        verbose=0,
-    )
-    model = setup.model(learning_rate=0.0)
-    initial = weights(model)
-    model.learn(100_000, evaluation)
-    assert evaluation.n_calls == (1 + 3 + 1) * 20  # the first is the best, three are borne, one is too many
-    assert model._n_updates > 0
-    assert th.equal(weights(model), initial)
-    results = np.load(tmp_path / "evaluations.npz")["results"]
-    assert results.shape == (5, 2)
-    assert np.unique(results).size == 1
-
-
-# --- the others -----------------------------------------------------------------------------------------------------
+# --- others ----------------------------------------------------------------------------------------------------------
 
 
 def test_stop_training_on_max_episodes(setup: Setup) -> None:
@@ -523,56 +461,38 @@ def test_every_n_timesteps_fires_at_the_first_call_after_them(setup: Setup) -> N
     assert recorder.n_calls == 96 // N_ENVS
 
 
-def test_log_every_n_timesteps_dumps_the_figures_of_that_time(setup: Setup) -> None:
+def test_log_every_n_timesteps(setup: Setup) -> None:
     model, dumps = setup.model(), Dumps()
     model.set_logger(Logger(None, [dumps]))
     model.learn(900, LogEveryNTimesteps(n_steps=250), log_interval=10**9)
     assert [step for step, _ in dumps.rows] == [252, 504, 756]
     for step, row in dumps.rows:
         assert row["time/total_timesteps"] == step
-        assert "time/iterations" not in row  # as in A2C: nobody has counted them
+        assert "time/iterations" not in row  # as in A2C
         assert row["rollout/ep_len_mean"] == row["rollout/ep_rew_mean"] >= 8  # CartPole pays 1 for each step
         assert -np.log(2) <= row["train/entropy_loss"] < -0.5
         assert 0 < row["train/n_updates"] <= model._n_updates
-    # together with the logs of SB3's loop: one after every 20th rollout
+    # together with the logs of SB3's loop, after every 20th rollout
     model, dumps = setup.model(), Dumps()
     model.set_logger(Logger(None, [dumps]))
     model.learn(900, LogEveryNTimesteps(n_steps=300), log_interval=20)
     assert [step for step, _ in dumps.rows] == [300, 400, 600, 800, 900]
 
 
-class ReadableProgressBar(ProgressBarCallback):
-    """The bar's numbers when it was closed."""
+def test_the_progress_bar_counts_calls(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[tuple[int, int, int]] = []
 
-    def _on_training_end(self) -> None:
-        self.n, self.total = self.pbar.n, self.pbar.total
-        super()._on_training_end()
-
-
-def test_the_progress_bar_counts_calls(setup: Setup) -> None:
-    bar, model = ReadableProgressBar(), setup.model()
-    model.learn(402, bar)
-    assert (bar.n, bar.total) == (bar.n_calls * N_ENVS, 402)
-    assert 0 <= model.num_timesteps - bar.n < N_ENVS  # an incomplete last row is counted without a call
-    bar, n_before = ReadableProgressBar(), model.num_timesteps
-    model.learn(402, bar, reset_num_timesteps=False)
-    assert (bar.n, bar.total) == (bar.n_calls * N_ENVS, 402)
-    assert 0 <= model.num_timesteps - n_before - bar.n < N_ENVS
-
-
-def test_progress_bar_true_shows_the_same_bar(setup: Setup) -> None:
-    bars: list[Any] = []
-
-    class Look(BaseCallback):
-        def _on_step(self) -> bool:
-            return True
-
+    class ReadableProgressBar(ProgressBarCallback):
         def _on_training_end(self) -> None:
-            shown = self.locals["callback"].callbacks[-1]
-            assert isinstance(shown, ProgressBarCallback)
-            bars.append((shown.pbar.n, shown.pbar.total))
+            bars.append((self.pbar.n, self.pbar.total, self.n_calls * N_ENVS))
+            super()._on_training_end()
 
-    look = Look()
-    setup.model().learn(400, look, progress_bar=True)
-    assert look.n_calls >= 100
-    assert bars == [(look.n_calls * N_ENVS, 400)]
+    monkeypatch.setattr("stable_baselines3.common.base_class.ProgressBarCallback", ReadableProgressBar)
+    model, n_before = setup.model(), 0
+    for reset_num_timesteps in (True, False):
+        model.learn(402, progress_bar=True, reset_num_timesteps=reset_num_timesteps)
+        shown, total, called = bars[-1]
+        assert (shown, total) == (called, 402)
+        assert 0 <= model.num_timesteps - n_before - shown < N_ENVS  # an incomplete last row is counted without a call
+        n_before = model.num_timesteps
+    assert len(bars) == 2

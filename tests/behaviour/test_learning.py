@@ -1,4 +1,4 @@
-"""It learns: small tasks that only a right implementation solves. Minutes each, so all are marked slow."""
+"""Small tasks that only a correct implementation solves. They take minutes each, so all are marked slow."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 class HiddenVelocities(gym.ObservationWrapper[Any, Any, Any]):
-    """CartPole without its two velocities: position and angle are left."""
+    """CartPole without velocities: observes position and angle."""
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
         super().__init__(env)
@@ -40,7 +40,7 @@ CARTPOLE: dict[str, Any] = dict(
 
 
 def small_rewards(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    """Returns of hundreds would drive an LSTM, whose outputs lie between -1 and 1, into saturation."""
+    """Returns of hundreds would saturate an LSTM, whose outputs lie between -1 and 1."""
     return gym.wrappers.TransformReward(env, lambda reward: 0.02 * float(reward))
 
 
@@ -55,14 +55,14 @@ def test_cartpole(wrapper: Callable[[Any], Any], seed: int) -> None:
     model = A3C("MlpLstmPolicy", env, seed=seed, **CARTPOLE)
     model.learn(300_000)
     test_env = make_vec_env("CartPole-v1", n_envs=4, seed=1000 + seed, wrapper_class=wrapper)
-    mean, std = evaluate_policy(model, test_env, n_eval_episodes=20)  # a Monitor below the wrapper sees the game's rewards
+    mean, std = evaluate_policy(model, test_env, n_eval_episodes=20)  # Monitor, below the wrapper, has the unscaled rewards
     print(f"seed {seed}: {mean} +- {std}")
     assert isinstance(mean, float)
     assert mean >= 450
 
 
 class Recall(gym.Env[Any, Any]):
-    """A cue, a delay without it, then the question: which cue was it? Reward 1 for the right answer, -1 for a wrong one."""
+    """Shows a cue, then a delay, then asks for the cue. The reward is 1 for the right answer, -1 for the wrong one."""
 
     observation_space = spaces.Box(-1, 1, (2,), np.float32)
     action_space = spaces.Discrete(2)
@@ -77,7 +77,7 @@ class Recall(gym.Env[Any, Any]):
 
     def step(self, action: Any) -> Any:
         self.t += 1
-        answered = self.t == self.delay + 2  # the answer to the question that the last observation asked
+        answered = self.t == self.delay + 2  # the previous observation asked
         reward = (1.0 if action == self.cue else -1.0) if answered else 0.0
         asked = self.t == self.delay + 1
         return np.array([0, asked], dtype=np.float32), reward, answered, False, {}
@@ -86,10 +86,10 @@ class Recall(gym.Env[Any, Any]):
 @pytest.mark.parametrize(("policy", "solves"), [("MlpLstmPolicy", True), ("MlpPolicy", False)])
 def test_only_a_policy_with_memory_recalls_a_cue(policy: str, solves: bool) -> None:
     env = make_vec_env(Recall, n_envs=8)
-    settings: dict[str, Any] = dict(learning_rate=5e-3, n_steps=16, ent_coef=0.0, envs_per_update=4, n_workers=2, seed=0)
+    kwargs: dict[str, Any] = dict(learning_rate=5e-3, n_steps=16, ent_coef=0.0, envs_per_update=4, n_workers=2, seed=0)
     if solves:
-        settings["policy_kwargs"] = dict(lstm_hidden_size=64)
-    model = A3C(policy, env, **settings)
+        kwargs["policy_kwargs"] = dict(lstm_hidden_size=64)
+    model = A3C(policy, env, **kwargs)
     model.learn(400_000)
     returns, _ = evaluate_policy(model, make_vec_env(Recall, n_envs=4, seed=7), 200, return_episode_rewards=True)
     right = float(np.mean(np.array(returns) > 0))

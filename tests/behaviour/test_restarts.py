@@ -1,20 +1,16 @@
-"""Workers that die or hang are replaced: real processes, really killed, and nothing is left of them."""
+"""Workers that die or hang are replaced, and training continues; these tests kill real processes."""
 
 import contextlib
 import multiprocessing
 import os
-import pickle
 import random
 import signal
 import time
 from pathlib import Path
 from typing import Any, ClassVar
 
-import gymnasium as gym
-import numpy as np
 import pytest
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
@@ -22,62 +18,41 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 
 from sb3_a3c import A3C, WorkerDiedError
+from sb3_a3c.actor_learner.report import Report
+from tests.toy_envs import Countdown
 
 N_STEPS = 5
 REPLACED = pytest.mark.filterwarnings("ignore:Worker . was killed")
 
 
-class Counting(gym.Env[Any, Any]):
-    """Observes how many steps it has made; its episodes are ten steps long. Numbers that its seed makes are in the infos."""
-
-    observation_space = spaces.Box(0, 10, (1,), dtype=np.float32)
-    action_space = spaces.Discrete(2)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.n = 0
-        return self._obs(), {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self.n += 1
-        info = {"pid": os.getpid(), "number": float(self.np_random.random())}
-        return self._obs(), 1.0, self.n == 10, False, info
-
-    def _obs(self) -> Any:
-        return np.array([self.n], dtype=np.float32)
-
-
-class Called(Counting):
-    """Counts how often it was called."""
-
-    def __init__(self) -> None:
-        self.n_calls = 0
+class Called(Countdown):
+    n_calls = 0
 
     def called(self) -> int:
         self.n_calls += 1
         return self.n_calls
 
 
-class Fatal(Counting):
-    """Does something terrible at its first step after a file has gone."""
+class Fatal(Countdown):
+    """Ends its process, or hangs, at the first step at which the file exists; deletes the file."""
 
-    def __init__(self, file: Path, number: int) -> None:
-        self.file = file
-        self.number = number
+    def __init__(self, file: Path, how: signal.Signals | str) -> None:
+        super().__init__()
+        self.file, self.how = file, how
 
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> Any:
         try:
             self.file.unlink()
         except FileNotFoundError:
             return super().step(action)
-        if self.number > 0:
-            os.kill(os.getpid(), self.number)
-        time.sleep(60 if self.number == 0 else 0)
+        if isinstance(self.how, signal.Signals):
+            os.kill(os.getpid(), self.how)
+        time.sleep(60 if self.how == "hang" else 0)
         os._exit(3)
 
 
 class Seen(BaseCallback):
-    """What a callback sees, and whom it kills."""
+    """Collects the infos; kills a worker at each of the calls ``kill_at``, the workers in turn."""
 
     def __init__(self, kill_at: set[int] | None = None) -> None:
         super().__init__()
@@ -101,8 +76,8 @@ def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sb3_a3c.processes.supervisor.LOOK_SECONDS", 0.05)
 
 
-def counting(n_envs: int = 4) -> VecEnv:
-    return DummyVecEnv([lambda: Monitor(Counting())] * n_envs)
+def countdowns(n_envs: int = 4) -> VecEnv:
+    return DummyVecEnv([lambda: Monitor(Countdown())] * n_envs)
 
 
 def workers() -> list[Any]:
@@ -114,10 +89,10 @@ def segments() -> set[str]:
 
 
 @REPLACED
-def test_training_goes_on_to_its_end_and_counts_exactly() -> None:
+def test_training_continues_to_its_end_and_counts_exactly() -> None:
     before, files = segments(), len(os.listdir("/proc/self/fd"))
     total, seen = 4000, Seen(kill_at={100, 500})
-    model = A3C("MlpPolicy", counting(), n_steps=N_STEPS, n_workers=2, seed=1)
+    model = A3C("MlpPolicy", countdowns(), n_steps=N_STEPS, n_workers=2, seed=1)
     model.learn(total, callback=seen)
     assert len(seen.killed) == 2
     assert total <= model.num_timesteps <= total + 2 * N_STEPS * 2
@@ -131,11 +106,10 @@ def test_training_goes_on_to_its_end_and_counts_exactly() -> None:
 
 
 @REPLACED
-@pytest.mark.timeout(60)
-def test_a_replacement_has_new_episodes_and_seeds_of_its_own() -> None:
+def test_a_replacement_has_its_own_seeds() -> None:
     streams: dict[tuple[int, int], list[float]] = {}
 
-    class KillOneAfterTheOther(Seen):
+    class KillInTurn(Seen):
         def _on_step(self) -> bool:
             super()._on_step()
             for info in self.locals["infos"]:
@@ -144,116 +118,122 @@ def test_a_replacement_has_new_episodes_and_seeds_of_its_own() -> None:
             self.kill_at = {self.n_calls + 1} if n_seen == 2 + len(self.killed) < 4 else set()
             return n_seen < 4
 
-    A3C("MlpPolicy", counting(2), n_steps=N_STEPS, n_workers=2, seed=1).learn(10**9, callback=KillOneAfterTheOther())
+    A3C("MlpPolicy", countdowns(2), n_steps=N_STEPS, n_workers=2, seed=1).learn(10**9, callback=KillInTurn())
     first = [tuple(stream[:5]) for stream in streams.values()]
     assert len(set(first)) == len(first) == 4
 
 
-def test_it_is_said_each_time_and_logged() -> None:
-    said = r"^Worker \d was killed by SIGKILL.* It was replaced: restart \d of at most 10\.$"
-    model = A3C("MlpPolicy", counting(), n_steps=N_STEPS, n_workers=2)
+def test_each_restart_is_a_warning_and_logged() -> None:
+    message = r"^Worker \d was killed by SIGKILL.* It was replaced: restart \d of at most 10\.$"
+    model = A3C("MlpPolicy", countdowns(), n_steps=N_STEPS, n_workers=2)
     logger = configure(None, [])
     logged: list[Any] = []
     logger.record = lambda key, value, exclude=None: logged.append(value) if "restarts" in key else None  # type: ignore[method-assign]
     model.set_logger(logger)
-    with pytest.warns(UserWarning, match=said) as warned:
+    with pytest.warns(UserWarning, match=message) as warned:
         model.learn(2000, callback=Seen(kill_at={50, 150}), log_interval=10)
     assert [str(warning.message).split("restart ")[1][0] for warning in warned] == ["1", "2"]
     assert logged[0] == 1 and logged[-1] == 2 and sorted(logged) == logged
 
 
-@REPLACED
 @pytest.mark.parametrize(
-    ("number", "message"),
+    ("how", "message"),
     [
         (signal.SIGKILL, "Worker 0 was killed by SIGKILL"),
         (signal.SIGTERM, "Worker 0 was killed by SIGTERM"),
         (signal.SIGSEGV, "Worker 0 was killed by SIGSEGV. Most likely C code"),
-        (-1, "Worker 0 exited with code 3"),
-        (0, r"Worker 0 was killed, as it had not come further for 0\.5 s"),
+        ("os._exit", "Worker 0 exited with code 3"),
+        ("hang", r"Worker 0 was killed because it made no progress for 0\.5 s"),
     ],
-    ids=["SIGKILL", "SIGTERM", "SIGSEGV", "os._exit", "hang"],
 )
-def test_deaths_of_all_kinds(number: int, message: str, tmp_path: Path) -> None:
+def test_each_kind_of_death(how: signal.Signals | str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "file"
-    arguments: Any = dict(n_steps=N_STEPS, n_workers=1, worker_timeout=0.5)
-    for max_worker_restarts in (1, 0):
-        file.touch()
-        model = A3C(
-            "MlpPolicy", DummyVecEnv([lambda: Fatal(file, number)]), max_worker_restarts=max_worker_restarts, **arguments
-        )
-        if max_worker_restarts:
-            with pytest.warns(UserWarning, match=f"^{message}"):
-                model.learn(100)
-            assert 100 <= model.num_timesteps <= 105
-        else:
-            with pytest.raises(WorkerDiedError, match=f"^{message}"):
-                model.learn(100)
+    file.touch()
+    env = DummyVecEnv([lambda: Fatal(file, how)])
+    model = A3C("MlpPolicy", env, n_steps=N_STEPS, n_workers=1, max_worker_restarts=1, worker_timeout=0.5)
+    with pytest.warns(UserWarning, match=f"^{message}"):
+        model.learn(100)
+    assert 100 <= model.num_timesteps <= 105
     assert not workers()
 
 
 @REPLACED
-def test_a_worker_that_dies_again_and_again_ends_learn(tmp_path: Path) -> None:
-    class Hopeless(Counting):
+@pytest.mark.parametrize("max_worker_restarts", [0, 2])
+def test_max_worker_restarts(max_worker_restarts: int) -> None:
+    class AlwaysDies(Countdown):
         def step(self, action: Any) -> Any:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    model = A3C("MlpPolicy", DummyVecEnv([Hopeless]), n_workers=1, max_worker_restarts=2)
+    model = A3C("MlpPolicy", DummyVecEnv([AlwaysDies]), n_workers=1, max_worker_restarts=max_worker_restarts)
     with pytest.raises(WorkerDiedError, match="Worker 0 was killed by SIGKILL") as raised:
         model.learn(100)
-    assert raised.value.__notes__ == ["2 workers were replaced before: max_worker_restarts is used up."]
+    if max_worker_restarts:
+        assert raised.value.__notes__ == ["2 workers were replaced before: max_worker_restarts is used up."]
     assert model.num_timesteps == 0
+    assert not workers()
 
 
 @REPLACED
-def test_a_call_to_the_environments_that_meets_a_death_is_answered() -> None:
-    """By the new worker; the others are called once."""
+def test_a_replacement_answers_the_call_during_which_its_predecessor_died() -> None:
+    """The other workers are called once."""
 
     class Calls(Seen):
         calls: ClassVar[list[list[int]]] = []
 
         def _on_step(self) -> bool:
-            go_on = super()._on_step()
+            super()._on_step()
             if self.n_calls in self.kill_at:
                 self.calls.append(self.training_env.env_method("called"))
-            return go_on
+            return True
 
     seen = Calls(kill_at={50, 100, 150})
     model = A3C("MlpPolicy", DummyVecEnv([Called] * 4), n_steps=N_STEPS, n_workers=2)
     model.learn(2000, callback=seen)
-    # worker 0, 1, 0 died: each time its two environments are new, and have not been called yet
+    # workers 0, 1, 0 died: each time their two environments are new, and have not been called before
     assert seen.calls == [[1, 1, 1, 1], [2, 2, 1, 1], [1, 1, 2, 2]]
     assert seen.n_restarts == 3
     assert 2000 <= model.num_timesteps <= 2000 + 2 * N_STEPS * 2
 
 
 @REPLACED
-def test_statistics_of_vec_normalize_survive() -> None:
-    env = VecNormalize(counting(), norm_reward=False)
+def test_vec_normalize_keeps_its_statistics() -> None:
+    env = VecNormalize(countdowns(), norm_reward=False)
     seen = Seen(kill_at={100, 200})
     model = A3C("MlpPolicy", env, n_steps=N_STEPS, n_workers=2)
     model.learn(2000, callback=seen)
     statistics: Any = env.obs_rms
     assert len(seen.killed) == 2
-    assert 2000 <= statistics.count <= 2000 + 100  # and what the dead had not yet told is not in it
+    assert 2000 <= statistics.count <= 2000 + 100  # without what the killed workers had not reported
     assert statistics.mean[0] == pytest.approx(4.5, abs=0.3)
 
 
 @REPLACED
-def test_a_changed_hyper_parameter_reaches_the_replacement() -> None:
-    class UpdateHyperparams(Seen):
+def test_a_replacement_has_the_current_hyperparameters() -> None:
+    lengths: list[int] = []  # of the rollouts
+
+    class Shorten(Seen):
+        def _on_rollout_start(self) -> None:
+            if not lengths:  # nothing has been received yet
+                assembler = self.model._collector._assembler  # type: ignore[attr-defined]
+                self.add, assembler.add = assembler.add, self.record
+
         def _on_step(self) -> bool:
             if self.n_calls == 20:
                 self.model.n_steps = 3  # type: ignore[attr-defined]
             return super()._on_step()
 
-    seen = UpdateHyperparams(kill_at={60})
-    model = A3C("MlpPolicy", counting(2), n_steps=N_STEPS, n_workers=1)
-    model.learn(1000, callback=seen)
-    assert model.num_timesteps >= 1000
+        def record(self, report: Report) -> None:
+            lengths.append(len(report.rewards))
+            self.add(report)
+
+    seen = Shorten(kill_at={100})
+    A3C("MlpPolicy", countdowns(2), n_steps=N_STEPS, n_workers=1).learn(1000, callback=seen)
+    assert len({info["pid"] for info in seen.infos}) == 2
+    assert lengths == sorted(lengths, reverse=True)
+    assert set(lengths) == {N_STEPS, 3}
 
 
-@pytest.mark.filterwarnings("ignore:The process")  # that was in a step, and does not answer any more
+@pytest.mark.filterwarnings("ignore:The process")  # which was in a step and does not answer any more
 def test_a_worker_with_a_subproc_vec_env_is_not_replaced() -> None:
     env = make_vec_env("CartPole-v1", n_envs=2, vec_env_cls=SubprocVecEnv)
     model = A3C("MlpPolicy", env, n_steps=N_STEPS, n_workers=2)
@@ -264,45 +244,43 @@ def test_a_worker_with_a_subproc_vec_env_is_not_replaced() -> None:
         env.close()
 
 
-def test_waiting_is_no_hang() -> None:
-    """A callback that takes its time: workers wait for credit much longer than the timeout."""
-
+def test_waiting_for_a_slow_callback_is_no_hang() -> None:
     class Slow(BaseCallback):
         def _on_step(self) -> bool:
-            if self.n_calls in (5, 10):
-                time.sleep(1.2)
+            if self.n_calls == 5:
+                time.sleep(1.0)  # the workers use up their tickets and wait
             return True
 
-    model = A3C("MlpPolicy", counting(2), n_steps=N_STEPS, n_workers=2, worker_timeout=0.5)
+    model = A3C("MlpPolicy", countdowns(2), n_steps=N_STEPS, n_workers=2, worker_timeout=0.5)
     model.learn(200, callback=Slow())
     assert model.num_timesteps >= 200
 
 
 def test_a_slow_reset_is_no_hang() -> None:
-    class SlowStart(Counting):
+    class SlowStart(Countdown):
         def reset(self, **kwargs: Any) -> Any:
-            if not hasattr(self, "n"):
-                time.sleep(1.2)
+            if self.n_episodes == 0:
+                time.sleep(1.0)
             return super().reset(**kwargs)
 
     model = A3C("MlpPolicy", DummyVecEnv([SlowStart]), n_steps=N_STEPS, n_workers=1, worker_timeout=0.5)
     model.learn(20)
 
 
-class Suicidal(th.optim.SGD):
-    """Dies in the middle of a step, once for each file in a folder."""
+class DeadlyOptimizer(th.optim.SGD):
+    """Kills its process in ``step``, once for each file in a folder."""
 
     def __init__(self, parameters: Any, lr: float, folder: Path) -> None:
         super().__init__(parameters, lr)
-        self.param_groups[0]["folder"] = folder  # what else an optimizer has does not travel
+        self.param_groups[0]["folder"] = folder  # other attributes of an optimizer are not sent
 
     def step(self, closure: Any = None) -> Any:
         die_once(self.param_groups[0]["folder"])
         return super().step(closure)
 
 
-class Deadly:
-    """Kills the process that sends it, once for each file in a folder."""
+class DeadlyInfo:
+    """Kills the process that pickles it, once for each file in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -312,17 +290,18 @@ class Deadly:
         return str, ()
 
 
-class WithDeadlyInfos(Counting):
+class WithDeadlyInfos(Countdown):
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.folder = folder
 
     def step(self, action: Any) -> Any:
-        obs, reward, terminated, truncated, info = super().step(action)
-        return obs, reward, terminated, truncated, {**info, "deadly": Deadly(self.folder)}
+        *step, info = super().step(action)
+        return *step, {**info, "deadly": DeadlyInfo(self.folder)}
 
 
 def die_once(folder: Path) -> None:
-    """Only worker processes die, and not all at once."""
+    """In a worker process, with probability 0.1."""
     if not multiprocessing.current_process().name.startswith("a3c-worker") or random.random() > 0.1:
         return
     for file in folder.iterdir():
@@ -334,12 +313,12 @@ def die_once(folder: Path) -> None:
 @REPLACED
 @pytest.mark.parametrize("n_deaths", [3, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("moment", ["in the optimizer", "in pickling a report"])
-def test_death_at_the_worst_moment(moment: str, n_deaths: int, tmp_path: Path) -> None:
+def test_death_in_an_update_or_while_a_report_is_sent(moment: str, n_deaths: int, tmp_path: Path) -> None:
     for i in range(n_deaths):
         (tmp_path / str(i)).touch()
     in_optimizer = moment == "in the optimizer"
-    optimizer: Any = dict(optimizer_class=Suicidal, optimizer_kwargs=dict(folder=tmp_path)) if in_optimizer else {}
-    env = counting() if in_optimizer else DummyVecEnv([lambda: WithDeadlyInfos(tmp_path)] * 4)
+    optimizer: Any = dict(optimizer_class=DeadlyOptimizer, optimizer_kwargs=dict(folder=tmp_path)) if in_optimizer else {}
+    env = countdowns() if in_optimizer else DummyVecEnv([lambda: WithDeadlyInfos(tmp_path)] * 4)
     total = 400 * n_deaths
     model = A3C("MlpPolicy", env, n_steps=N_STEPS, n_workers=2, max_worker_restarts=n_deaths, policy_kwargs=optimizer)
     seen = Seen()
@@ -351,8 +330,7 @@ def test_death_at_the_worst_moment(moment: str, n_deaths: int, tmp_path: Path) -
     assert not workers()
 
 
-def test_what_is_saved_knows_how_often_workers_may_die(tmp_path: Path) -> None:
-    A3C("MlpPolicy", counting(), n_workers=0, max_worker_restarts=3, worker_timeout=None).save(tmp_path / "model")
+def test_saved_models_have_max_worker_restarts_and_worker_timeout(tmp_path: Path) -> None:
+    A3C("MlpPolicy", countdowns(), n_workers=0, max_worker_restarts=3, worker_timeout=None).save(tmp_path / "model")
     model = A3C.load(tmp_path / "model")
     assert (model.max_worker_restarts, model.worker_timeout) == (3, None)
-    assert pickle.loads(pickle.dumps(WorkerDiedError("x"))).args == ("x",)

@@ -1,4 +1,4 @@
-"""However training ends, by real signals too: what was learned is in the model, and nothing is left behind."""
+"""However training ends, also by a signal: what was learned is in the model, and no process, file or thread is left."""
 
 import contextlib
 import json
@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-#: A program that trains round after round, each until something ends it. It prints "ready" once workers run, and what it
-#: found when they had ended. Arguments: the kind of environments, what is to happen, and the number of rounds.
+#: A program that trains for a number of rounds, each of which something ends. It prints "ready" once the workers run, and
+#: its state as JSON once they have ended. Arguments: the kind of environments, the case, and the number of rounds.
 PROGRAM = """
 import contextlib, copy, gc, json, multiprocessing, os, signal, sys, threading, time
 import gymnasium as gym
@@ -33,7 +33,7 @@ class Env(gym.Wrapper):
     def step(self, action):
         self.n += 1
         if case == "stuck" and self.n == 200:
-            os.write(1, b"ready\\n")  # at once: others write too
+            os.write(1, b"ready\\n")  # unbuffered, as other processes write too
             time.sleep(60)
         return super().step(action)
 
@@ -73,6 +73,7 @@ def train(model):
     def callback(local_variables, _):
         calls.append(0)
         stores[:] = [model._collector.store]
+        stores[0].close = lambda: None  # it is read below
         if len(calls) == 3 and case not in ("start", "stuck"):
             print("ready", flush=True)
         if len(calls) == 50 and case == "raise":
@@ -91,13 +92,13 @@ def train(model):
                 print("ready", flush=True)
             if "thread" in case:
                 threading.Thread(target=learn, daemon="daemon" in case).start()
-                over.wait()  # Python's own Thread.join() believes after Ctrl-C that the thread had ended
+                over.wait()  # not Thread.join(), which after Ctrl-C takes the thread for ended
             else:
                 learn()
         except BaseException as error:
             ended = type(error).__name__
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except KeyboardInterrupt:  # the second one, when all is over
+    except KeyboardInterrupt:  # the second one, after learn has ended
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     if "daemon" in case:
         return {"ended": ended}
@@ -106,7 +107,7 @@ def train(model):
     over_at, shared = time.monotonic(), copy.deepcopy(model.policy)
     if stores:
         stores.pop().fetch_policy(shared)
-    time.sleep(0.1 if "thread" in case else 0)  # it is about to end
+    time.sleep(0.1 if "thread" in case else 0)  # until the thread has ended
     model.save("model")
     found = {
         "ended": ended,
@@ -119,7 +120,7 @@ def train(model):
         "before": before,
         "after": state(env),
     }
-    with contextlib.suppress(BrokenPipeError, EOFError):  # from SB3, if Ctrl-C has ended the environments' processes too
+    with contextlib.suppress(BrokenPipeError, EOFError):  # from SB3, if Ctrl-C has ended its processes too
         env.close()
     signal.signal(signal.SIGINT, handler)
     return found
@@ -136,7 +137,7 @@ if __name__ == "__main__":
 
 
 class Program:
-    """The program, in a session and a process group of its own, as a terminal would start it."""
+    """The program, in its own session and process group, as in a terminal."""
 
     def __init__(self, command: list[str], folder: Path) -> None:
         self._folder = folder
@@ -152,7 +153,7 @@ class Program:
 
     @property
     def tracebacks(self) -> int:
-        """How many are in stderr, but for those of SB3's processes that a second Ctrl-C meets while they end."""
+        """Number in stderr, without those of SB3's processes that receive a second Ctrl-C while they end."""
         theirs = r"Process ForkServerProcess-\d+:\nTraceback .*?\nKeyboardInterrupt\n"
         return re.sub(theirs, "", self.stderr, flags=re.DOTALL).count("Traceback")
 
@@ -162,19 +163,20 @@ class Program:
         self._servers |= {pid for pid, parent in self.processes().items() if parent == self.process.pid}
         return line
 
-    def until_ready(self, then: float = 0.0) -> None:  # and at most so many seconds more
+    def wait_until_ready(self, then: float = 0.0) -> None:
+        """And up to ``then`` seconds longer."""
         assert self._line() == "ready", self.stderr
         time.sleep(random.uniform(0, then))
 
     def found(self) -> dict[str, Any]:
-        while (line := self._line()) == "ready":  # each environment that is stuck says it
+        while (line := self._line()) == "ready":  # printed by each environment that is stuck
             pass
         assert line, self.stderr
         found: dict[str, Any] = json.loads(line)
         return found
 
     def processes(self) -> dict[int, int]:
-        """All of the session and their parents; zombies too, but for orphans: they are init's to bury."""
+        """All of the session, with their parents; zombies too, except orphans, which init reaps."""
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -188,7 +190,7 @@ class Program:
         while left := self.processes().keys() - self._servers:
             assert time.monotonic() < deadline, left
             time.sleep(0.02)
-        # fork servers follow then, but Python needs seconds of computing to clean up all that they have imported
+        # fork servers end later: Python needs seconds to clean up all modules that they have imported
         while names := [*map(str, self.processes()), *(segments & set(os.listdir("/dev/shm")))]:
             assert time.monotonic() < deadline + 25, names
             time.sleep(0.02)
@@ -196,7 +198,7 @@ class Program:
 
 @contextlib.contextmanager
 def program(folder: Path, kind: str, case: str, rounds: int = 1) -> Iterator[Program]:
-    """Run it. After the block its main process must end, and then all the others."""
+    """Run it. After the block its main process must end, and then all others."""
     random.seed(f"{kind} {case}")
     (folder / "program.py").write_text(PROGRAM)
     command = [sys.executable, "program.py", kind, case, str(rounds)]
@@ -223,12 +225,14 @@ slow = pytest.mark.slow
 every_kind = pytest.mark.parametrize("kind", [pytest.param("dummy", marks=slow), pytest.param("subproc", marks=slow)])
 
 
-@pytest.mark.parametrize("kind", ["dummy", pytest.param("subproc", marks=slow)])
-@pytest.mark.parametrize("times", [1, pytest.param(2, marks=slow)])
-def test_ctrl_c_ends_learn_with_all_that_was_learned(times: int, kind: str, tmp_path: Path) -> None:
-    with program(tmp_path, kind, f"Ctrl-C, {times}", ROUNDS) as running:
-        for _ in range(ROUNDS):
-            running.until_ready(then=0.4)
+@pytest.mark.parametrize(
+    ("kind", "times", "rounds"),
+    [("dummy", 1, 2), *(pytest.param(kind, n, ROUNDS, marks=slow) for kind in ("dummy", "subproc") for n in (1, 2))],
+)
+def test_ctrl_c(kind: str, times: int, rounds: int, tmp_path: Path) -> None:
+    with program(tmp_path, kind, f"Ctrl-C, {times}", rounds) as running:
+        for _ in range(rounds):
+            running.wait_until_ready(then=0.4)
             for _ in range(times):
                 time.sleep(10 ** random.uniform(-4, -1))
                 os.killpg(running.process.pid, signal.SIGINT)
@@ -242,7 +246,7 @@ def test_ctrl_c_ends_learn_with_all_that_was_learned(times: int, kind: str, tmp_
 @pytest.mark.parametrize(("times", "seconds"), [(1, 6), (2, 2)])
 def test_ctrl_c_while_an_environment_is_stuck(times: int, seconds: float, kind: str, tmp_path: Path) -> None:
     with program(tmp_path, kind, "stuck") as running:
-        running.until_ready()
+        running.wait_until_ready()
         time.sleep(0.5)  # the others learn all they can
         for _ in range(times):
             time.sleep(0.1)
@@ -257,7 +261,7 @@ def test_ctrl_c_while_an_environment_is_stuck(times: int, seconds: float, kind: 
 @pytest.mark.parametrize(("kind", "earliest"), [("dummy", 0), ("dummy", 1), ("subproc", 0.5)])
 def test_ctrl_c_while_the_first_workers_start(kind: str, earliest: float, tmp_path: Path) -> None:
     with program(tmp_path, kind, "start") as running:
-        running.until_ready(then=1)
+        running.wait_until_ready(then=1)
         time.sleep(earliest)
         os.killpg(running.process.pid, signal.SIGINT)
         assert (found := running.found())["ended"] == "KeyboardInterrupt"
@@ -265,31 +269,33 @@ def test_ctrl_c_while_the_first_workers_start(kind: str, earliest: float, tmp_pa
     assert running.tracebacks == 0, running.stderr
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=slow), signal.SIGKILL])
 @pytest.mark.parametrize(
-    ("kind", "case"),
-    # a process of SubprocVecEnv that is stuck ends when its step does, as always
-    [("subproc", "killed"), pytest.param("dummy", "killed", marks=slow), pytest.param("dummy", "stuck", marks=slow)],
+    ("number", "kind", "case"),
+    [
+        (signal.SIGKILL, "subproc", "killed"),
+        pytest.param(signal.SIGTERM, "subproc", "killed", marks=slow),
+        pytest.param(signal.SIGTERM, "dummy", "killed", marks=slow),
+        # a process of SubprocVecEnv that is stuck ends when its step does, as always
+        pytest.param(signal.SIGKILL, "dummy", "stuck", marks=slow),
+    ],
 )
 def test_workers_end_with_the_main_process(number: signal.Signals, kind: str, case: str, tmp_path: Path) -> None:
     with program(tmp_path, kind, case) as running:
-        running.until_ready(then=0.5)
+        running.wait_until_ready(then=0.5)
         os.kill(running.process.pid, number)
         assert running.process.wait(timeout=5) == -number
 
 
 @every_kind
 @pytest.mark.parametrize("to_all", [False, True])
-def test_a_handler_of_sigterm_that_exits_ends_learn_with_all_that_was_learned(
-    to_all: bool, kind: str, tmp_path: Path
-) -> None:
-    rounds = 1 if to_all else ROUNDS  # fork servers die of it too
+def test_a_handler_of_sigterm_that_exits(to_all: bool, kind: str, tmp_path: Path) -> None:
+    rounds = 1 if to_all else ROUNDS  # it kills fork servers too
     with program(tmp_path, kind, "handler", rounds) as running:
         for _ in range(rounds):
-            running.until_ready(then=0.4)
+            running.wait_until_ready(then=0.4)
             (os.killpg if to_all else os.kill)(running.process.pid, signal.SIGTERM)
             found = running.found()
-            if to_all:  # what workers did not report in time is learned, but not counted
+            if to_all:  # what the workers could not report is learned, but not counted
                 found.update(counted=found["learned"], after=found["before"])
             check(found, "SystemExit")
     assert running.tracebacks == 0, running.stderr
@@ -299,10 +305,10 @@ def test_a_handler_of_sigterm_that_exits_ends_learn_with_all_that_was_learned(
 @pytest.mark.parametrize(
     ("case", "ended"), [("false", "returned"), ("raise", "NotADirectoryError"), ("often", "returned")], ids=lambda case: case
 )
-def test_a_callback_or_the_goal_ends_learn_and_nothing_is_left(case: str, ended: str, kind: str, tmp_path: Path) -> None:
-    """Of 50 calls of ``learn``, if they are often."""
+def test_a_callback_or_the_goal_ends_learn(case: str, ended: str, kind: str, tmp_path: Path) -> None:
+    """In the case "often", 50 calls of ``learn``."""
     with program(tmp_path, kind, case) as running:
-        running.until_ready()
+        running.wait_until_ready()
         check(running.found(), ended)
     assert running.stderr == ""
 
@@ -310,9 +316,9 @@ def test_a_callback_or_the_goal_ends_learn_and_nothing_is_left(case: str, ended:
 @every_kind
 @pytest.mark.parametrize("case", ["thread", "daemon thread"])
 def test_ctrl_c_while_a_thread_trains(case: str, kind: str, tmp_path: Path) -> None:
-    """The main thread hears of it, and lets a callback end the training; or does nothing, and the program can end."""
+    """The main thread receives it, and has a callback end the training; a daemon thread is left as it is."""
     with program(tmp_path, kind, case) as running:
-        running.until_ready(then=0.4)
+        running.wait_until_ready(then=0.4)
         os.kill(running.process.pid, signal.SIGINT)
         found = running.found()
         if case == "thread":
