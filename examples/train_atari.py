@@ -28,10 +28,10 @@ from sb3_a3c.resume import (
 
 
 def full_games(env_id: str, n_envs: int, seed: int, render_mode: str = "rgb_array", normalize: bool = False) -> VecEnv:
-    """Environments for evaluation: rewards are the game's own, and a game ends when all lives are lost."""
+    """Environments for evaluation: unclipped rewards, and a game ends when all lives are lost."""
     kwargs = {"terminal_on_life_loss": False, "clip_reward": False}
     env = make_ale_vec_env(env_id, n_envs, seed, wrapper_kwargs=kwargs, env_kwargs={"render_mode": render_mode})
-    if normalize:  # EvalCallback wants the wrappers of training
+    if normalize:  # EvalCallback requires the same wrappers as in training
         env = VecNormalize(env, training=False, norm_obs=False, norm_reward=False)
     return VecTransposeImage(env)
 
@@ -46,22 +46,24 @@ def newest(folder: Path, normalize: bool = False) -> Path:
 
 
 def move_aside(folder: Path) -> None:
-    """A new run has the folder to itself, so that all that --resume finds there is of one run."""
+    """Rename the folder of an earlier run: --resume must find the files of a single run."""
     number = 1
     while (older := folder.with_name(f"{folder.name}_{number}")).exists():
         number += 1
     folder.rename(older)
-    print(f"Moved the run before to {older}")
+    print(f"Moved the earlier run to {older}")
 
 
 def find_start(args: argparse.Namespace, folder: Path) -> Path:
-    """The model to go on from. It goes on with --normalize-reward if it began with it, also if that is not said again."""
+    """The model to resume from. --normalize-reward is as it was in the earlier run."""
     normalized = any(folder.glob("**/*_vecnormalize*.pkl"))
     start = newest(folder, normalized)
     if args.normalize_reward and not normalized:
-        raise SystemExit(f"The run in {folder} is one without --normalize-reward: go on without it, or begin a new run.")
+        raise SystemExit(
+            f"The run in {folder} was trained without --normalize-reward: resume without it, or start a new run."
+        )
     args.normalize_reward = normalized
-    print(f"Going on from {start}")
+    print(f"Resuming from {start}")
     return start
 
 
@@ -73,7 +75,7 @@ def training_env(args: argparse.Namespace, folder: Path, start: Path | None) -> 
     if start:
         return VecNormalize.load(str(statistics_path(start)), env)
     env = VecNormalize(env, norm_obs=False)
-    env.save(str(folder / "a3c_vecnormalize_0_steps.pkl"))  # tells --resume that models of this run have statistics
+    env.save(str(folder / "a3c_vecnormalize_0_steps.pkl"))  # tells --resume that this run has statistics
     return env
 
 
@@ -98,14 +100,15 @@ def train(args: argparse.Namespace, folder: Path) -> None:
         deterministic=False,
     )
     if start:
-        model.set_random_seed(args.seed + model.num_timesteps)  # not the episodes of the beginning again
+        model.set_random_seed(args.seed + model.num_timesteps)  # or it would see the first episodes again
         continue_evaluations(evaluation, folder / "evaluations.npz")
     remaining = args.timesteps - model.num_timesteps
     try:
         model.learn(remaining, [checkpoints, evaluation], reset_num_timesteps=start is None, progress_bar=True)
-    finally:  # also after Ctrl-C: the model has all that was learned until then
+    finally:  # also after Ctrl-C
         save_with_statistics(model, folder / "model.zip")
         print(f"Saved {folder / 'model.zip'} after {model.num_timesteps} timesteps")
+        env.close()
 
 
 def record(model: A3C, env: VecEnv, path: Path) -> None:
@@ -125,16 +128,14 @@ def main() -> None:
     parser.add_argument("--env", default="PongNoFrameskip-v4", help="id of an Atari environment without frame skip")
     parser.add_argument("--n-envs", type=int, default=16, help="number of environments")
     parser.add_argument("--n-workers", type=int, default=None, help="worker processes (default: one for each core)")
-    parser.add_argument(
-        "--timesteps", type=int, default=10_000_000, help="train until so many, those before --resume included"
-    )
+    parser.add_argument("--timesteps", type=int, default=10_000_000, help="in total, those before --resume included")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-freq", type=int, default=100_000, help="timesteps between two checkpoints")
     parser.add_argument("--eval-freq", type=int, default=250_000, help="timesteps between two evaluations")
     parser.add_argument(
         "--normalize-reward", action="store_true", help="learn from scaled rewards (VecNormalize), not from their signs"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole model in logs/<env>/")
+    parser.add_argument("--resume", action="store_true", help="resume from the newest undamaged model in logs/<env>/")
     parser.add_argument("--play", action="store_true", help="show games of the newest model in a window")
     parser.add_argument("--record", type=Path, metavar="FILE", help="record a game of the newest model (.gif or .mp4)")
     args = parser.parse_args()

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A small search for hyper-parameters with RL Zoo and Optuna, then a training with the best ones.
+# A small hyperparameter search with RL Zoo and Optuna, then a training with the best hyperparameters.
 #
 #   bash examples/zoo_search.sh [environment] [trials] [timesteps of a trial] [timesteps of the training]
 #
-# Needs `pip install ".[zoo]"`. What is tried stands in sb3_a3c/search_space.py; what is not stays as in the file of
-# hyper-parameters, but for `policy_kwargs`, which are replaced. Two trials run at a time, each with one worker. Trials are
-# kept in a journal: call it again to add more, or let several of these searches run at once.
+# Needs `pip install ".[zoo]"`. The search space is in sb3_a3c/zoo/hyperparams_opt.py. What is not searched stays as in
+# sb3_a3c/zoo/hyperparams/a3c.yml, but `policy_kwargs` are replaced. Two trials run at a time, each with one worker. Trials
+# are kept in a journal: call it again to add more.
 set -euo pipefail
 
 env=${1:-CartPole-v1}
@@ -27,7 +27,7 @@ from optuna.storages.journal import JournalFileBackend
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 study = optuna.load_study(study_name=sys.argv[2], storage=JournalStorage(JournalFileBackend(sys.argv[1])))
-print(study.best_trial.number)
+print(study.best_trial.number or -len(study.trials))  # RL Zoo ignores --trial-id 0; -n is the first of n trials
 PY
 )
-python -m sb3_a3c.zoo train --algo a3c --env "$env" -n "$timesteps" "${search[@]}" --trial-id "$best" -P
+python -m sb3_a3c.zoo train --algo a3c --env "$env" -n "$timesteps" "${search[@]}" --trial-id="$best" -P

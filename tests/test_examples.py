@@ -1,15 +1,18 @@
-"""The short examples: each runs as it is, without warnings, and leaves what it says."""
+"""The examples: each runs without warnings, and saves the files that it should."""
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_a3c import A3C
@@ -19,12 +22,17 @@ SHORT = ["quick_start", "callbacks", "vec_normalize", "curriculum", "custom_netw
 N_ENVS = 8
 
 
-def run(name: str, timesteps: int, folder: Path) -> str:
-    command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), str(timesteps)]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""  # with -W error, what is left open at the end is only told there
-    return result.stdout
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run an example as ``__main__`` of this process, in which torch is imported and a fork server runs already."""
+
+    def run_in_this_process(name: str, *arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_in_this_process
 
 
 def load(path: Path, timesteps: int, n_steps: int = 20) -> A3C:
@@ -46,15 +54,19 @@ def test_examples_are_short_and_need_no_main_guard(name: str) -> None:
 
 
 def test_quick_start(tmp_path: Path) -> None:
-    output = run("quick_start", 2_000, tmp_path)
-    assert "Return of 20 episodes: " in output
-    assert "One more episode: " in output
+    """In its own process, which must end without warnings, such as of files left open."""
+    command = [sys.executable, "-W", "error", str(EXAMPLES / "quick_start.py"), "2000"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert "Return of 20 episodes: " in result.stdout
+    assert "One more episode: " in result.stdout
     model = load(tmp_path / "logs/quick_start/model.zip", 2_000)
     assert model.predict(np.zeros((3, 4), dtype=np.float32))[0].shape == (3,)
 
 
-def test_callbacks(tmp_path: Path) -> None:
-    output = run("callbacks", 5_500, tmp_path)
+def test_callbacks(run: Callable[..., str], tmp_path: Path) -> None:
+    output = run("callbacks", "5500")
     folder = tmp_path / "logs/callbacks"
     with np.load(folder / "evaluations.npz") as evaluations:
         assert evaluations["timesteps"].tolist() == [5_000]
@@ -68,8 +80,8 @@ def test_callbacks(tmp_path: Path) -> None:
         assert expected in written
 
 
-def test_vec_normalize(tmp_path: Path) -> None:
-    output = run("vec_normalize", 2_000, tmp_path)
+def test_vec_normalize(run: Callable[..., str], tmp_path: Path) -> None:
+    output = run("vec_normalize", "2000")
     assert "Return of 20 episodes: " in output
     folder = tmp_path / "logs/vec_normalize"
     load(folder / "model.zip", 2_000, n_steps=100)
@@ -83,8 +95,8 @@ def test_vec_normalize(tmp_path: Path) -> None:
     env.close()
 
 
-def test_curriculum(tmp_path: Path) -> None:
-    output = run("curriculum", 17_000, tmp_path)  # the logger's first table comes after 16,000
+def test_curriculum(run: Callable[..., str], tmp_path: Path) -> None:
+    output = run("curriculum", "17000")  # the logger's first table comes after 16,000
     (line,) = (line for line in output.splitlines() if line.startswith("Difficulty at the end: "))
     levels = ast.literal_eval(line.removeprefix("Difficulty at the end: "))
     assert len(levels) == N_ENVS
@@ -92,14 +104,12 @@ def test_curriculum(tmp_path: Path) -> None:
     assert levels[0] >= 5
     length = re.search(r"ep_len_mean +\| +([\d.]+)", output)
     assert length is not None
-    assert (
-        float(length[1]) > 2
-    )  # the workers' environments became harder too: the first difficulty's episodes take 1 or 2 steps
+    assert float(length[1]) > 2  # the first difficulty's episodes take 1 or 2 steps: the workers' environments became harder
     load(tmp_path / "logs/curriculum/model.zip", 17_000)
 
 
-def test_custom_network(tmp_path: Path) -> None:
-    output = run("custom_network", 2_000, tmp_path)
+def test_custom_network(run: Callable[..., str], tmp_path: Path) -> None:
+    output = run("custom_network", "2000")
     assert "(features_extractor): Extractor(" in output  # print(model.policy)
     assert "(lstm): LSTM(32, 64)" in output
     model = load(tmp_path / "logs/custom_network/model.zip", 2_000, n_steps=32)
@@ -109,3 +119,45 @@ def test_custom_network(tmp_path: Path) -> None:
     assert action.shape == (3,)
     assert state is not None
     assert state[0].shape == (1, 3, 64)
+
+
+ATARI = ["--env", "BreakoutNoFrameskip-v4", "--n-envs", "4", "--save-freq", "200", "--seed", "1"]  # random games are short
+
+
+def test_train_atari(run: Callable[..., str], tmp_path: Path) -> None:
+    folder = tmp_path / "logs" / "BreakoutNoFrameskip-v4"
+    output = run("train_atari", *ATARI, "--timesteps", "400")
+    assert "%" in output  # the progress bar
+    first = A3C.load(folder / "model.zip")
+    assert 400 <= first.num_timesteps <= 480
+    assert len(list(folder.glob("*.monitor.csv"))) == 4
+    assert {path.name for path in (folder / "checkpoints").iterdir()} >= {"a3c_200_steps.zip", "a3c_400_steps.zip"}
+    assert list(folder.glob("A3C_*/events.*"))
+    episodes = load_results(str(folder))["l"].tolist()
+
+    run("train_atari", *ATARI, "--timesteps", "800", "--resume")
+    second = A3C.load(folder / "model.zip")
+    assert 800 <= second.num_timesteps <= 880
+    assert second._n_updates > first._n_updates
+    steps = [float(state["step"]) for state in second.policy.optimizer.state.values()]
+    assert all(step > first._n_updates * 0.9 for step in steps)  # continued from the saved moments (Hogwild may lose a few)
+    assert len(list(folder.glob("*.monitor.csv"))) == 8
+    assert load_results(str(folder))["l"].tolist()[: len(episodes)] == episodes
+
+    output = run("train_atari", *ATARI, "--record", "game.mp4")
+    assert (tmp_path / "game.mp4").stat().st_size > 10_000
+    assert "steps in game.mp4" in output
+
+
+def test_train_atari_records_gifs(tmp_path: Path) -> None:
+    """Of CartPole, as a GIF of hundreds of frames takes seconds."""
+    env = make_vec_env("CartPole-v1", seed=0, env_kwargs={"render_mode": "rgb_array"})
+    model = A3C("MlpPolicy", env, seed=0)
+    runpy.run_path(str(EXAMPLES / "train_atari.py"))["record"](model, env, tmp_path / "game.gif")
+    assert (tmp_path / "game.gif").read_bytes().startswith(b"GIF89a")
+    env.close()
+
+
+def test_train_atari_without_a_model(run: Callable[..., str]) -> None:
+    with pytest.raises(SystemExit, match="train one first"):
+        run("train_atari", "--play")

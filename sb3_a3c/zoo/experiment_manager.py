@@ -39,7 +39,8 @@ class A3CExperiment(ExperimentManager):
     """
 
     def __init__(self, *args: Any, config: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, config=config or str(HYPERPARAMS), **kwargs)
+        kwargs["config"] = config or str(HYPERPARAMS)
+        super().__init__(*args, **kwargs)
 
     def create_log_folder(self) -> None:
         if not self.continue_training:
