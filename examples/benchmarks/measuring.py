@@ -11,7 +11,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 
 class Clock(BaseCallback):
-    """Times whole rollouts for so many seconds and ends the training. The first two seconds do not count."""
+    """Times whole rollouts for `seconds` and ends the training. The first two seconds do not count."""
 
     def __init__(self, seconds: float, warm_up: float = 2.0) -> None:
         super().__init__()

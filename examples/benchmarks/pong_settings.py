@@ -6,7 +6,7 @@ One run of the search for the settings that learn Pong soonest:
 
 Leaves the logged curve (``progress.csv``), checkpoints and the final model in ``logs/pong_settings/<settings>/``. What is
 not given is as in ``train_atari.py``. Timesteps are decisions of the agent; the score is that of training. With
-``--resume`` and more ``--timesteps`` it goes on from the final model, and the curve in a folder ``from_<timesteps>``. With
+``--resume`` and more ``--timesteps`` it continues from the final model, and the curve in a folder ``from_<timesteps>``. With
 ``--seconds`` it only tells the steps per second, and leaves nothing.
 """
 

@@ -1,5 +1,5 @@
 """
-Environments whose steps take different times, where nobody should wait for the slowest: A3C, and A2C with SubprocVecEnv.
+Environments whose steps take different times, where no worker should wait for the slowest: A3C, and A2C with SubprocVecEnv.
 
     python examples/benchmarks/uneven_env.py [--seconds 15] [--repetitions 3]
 
