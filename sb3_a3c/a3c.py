@@ -25,14 +25,7 @@ from sb3_a3c.actor_learner.config import Hyperparams
 from sb3_a3c.arguments import check_arguments, check_device, check_observation_space, check_policy, check_workers
 from sb3_a3c.envs.sharding import clone_env
 from sb3_a3c.envs.wrapper_state import pending_options, pending_seeds, unobserved
-from sb3_a3c.policies.lstm_policies import (
-    CnnLstmPolicy,
-    CnnPolicy,
-    MlpLstmPolicy,
-    MlpPolicy,
-    MultiInputLstmPolicy,
-    MultiInputPolicy,
-)
+from sb3_a3c.policies import CnnLstmPolicy, CnnPolicy, MlpLstmPolicy, MlpPolicy, MultiInputLstmPolicy, MultiInputPolicy
 from sb3_a3c.processes.signals import uninterrupted
 from sb3_a3c.save_util import atomic_write, check_archive
 from sb3_a3c.store.finite import check_finite
@@ -153,8 +146,7 @@ class A3C(OnPolicyAlgorithm):
         self.max_worker_restarts = max_worker_restarts
         self.worker_timeout = worker_timeout
         self._collector: HogwildCollector | None = None
-        self._pending_env_seeds: list[int | None] = []
-        self._pending_env_options: list[dict[str, Any]] = []
+        self._pending_resets: tuple[list[int | None], list[dict[str, Any]]] = [], []  # seeds and options of the environments
         self._n_updates_at_start = 0
         super().__init__(
             policy,
@@ -257,7 +249,7 @@ class A3C(OnPolicyAlgorithm):
         check_arguments(vars(self))
         check_workers(self.env, self.n_workers)
         self._base_seed = int(np.random.randint(2**31))
-        self._pending_env_seeds, self._pending_env_options = pending_seeds(self.env), pending_options(self.env)
+        self._pending_resets = pending_seeds(self.env), pending_options(self.env)
         with unobserved(self.env):  # workers reset their environments themselves
             result = super()._setup_learn(*args, **kwargs)
         self.env.unwrapped._reset_seeds()  # used up, also where SB3 sees no need to reset the environment
@@ -274,13 +266,7 @@ class A3C(OnPolicyAlgorithm):
         check_arguments(vars(self))  # a callback may have changed them at the start of training
         self._n_updates_at_start = self._n_updates
         assignment = Assignment(
-            env,
-            self.policy,
-            self._hyperparams(),
-            self.n_workers,
-            self._base_seed,
-            self._pending_env_seeds,
-            self._pending_env_options,
+            env, self.policy, self._hyperparams(), self.n_workers, self._base_seed, *self._pending_resets
         )
         return HogwildCollector(
             assignment,
@@ -322,11 +308,7 @@ class A3C(OnPolicyAlgorithm):
         self._n_updates = self._n_updates_at_start + collector.store.n_updates
 
     def collect_rollouts(
-        self,
-        env: VecEnv,
-        callback: BaseCallback,
-        rollout_buffer: RolloutBuffer,
-        n_rollout_steps: int,
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         """
         Pass the workers' transitions to the callback, until each environment has made ``n_rollout_steps`` steps on average.
@@ -461,7 +443,7 @@ class A3C(OnPolicyAlgorithm):
         super().set_env(env, force_reset)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_collector", "_base_seed", "_pending_env_seeds", "_pending_env_options"]
+        return [*super()._excluded_save_params(), "_collector", "_base_seed", "_pending_resets"]
 
 
 def _make_env(env: GymEnv | str, n_workers: int | None, verbose: int) -> GymEnv:

@@ -72,10 +72,7 @@ def check_arguments(values: Mapping[str, Any]) -> None:
 
 
 def check_policy(policy: Any, aliases: Collection[str]) -> None:
-    """
-    :param policy: the class of the policy, or its alias
-    :param aliases: A3C's
-    """
+    """Raise a ValueError unless ``policy`` is one of A3C's aliases, or the class of a policy that A3C can train."""
     if isinstance(policy, str) and policy in aliases:
         return
     if not (isinstance(policy, type) and issubclass(policy, ActorCriticPolicy)):
@@ -90,10 +87,7 @@ def check_policy(policy: Any, aliases: Collection[str]) -> None:
 
 
 def check_observation_space(space: Any, policy_class: type[Any]) -> None:
-    """
-    :param space: of the environment; None if there is no environment
-    :param policy_class: that is to read its observations
-    """
+    """Raise a ValueError if there is no environment (None), or if the policy can't read its observations."""
     if space is None:
         raise ValueError("`env` is None, but the network is made for an environment. Only `load` can do without one.")
     if not isinstance(space, _OBSERVATION_SPACES):

@@ -42,11 +42,8 @@ def atomic_write(path: str | Path, save: Callable[[io.BytesIO], None]) -> None:
 
 def check_archive(path: str | Path | io.BufferedIOBase, own_argument: str) -> None:
     """
-    Check that a file is a saved model, undamaged, and of this algorithm. SB3 raises the error for a missing file.
-
-    :param path: as ``load`` takes it
-    :param own_argument: a constructor argument that only this algorithm has
-    :raises ValueError: if it is not
+    Raise a ValueError if a file is not a saved model, is damaged, or is of another algorithm: one without the constructor
+    argument ``own_argument``. SB3 raises the error for a missing file.
     """
     advice = "Use another checkpoint, or the file that `save` has written."
     with contextlib.ExitStack() as stack:

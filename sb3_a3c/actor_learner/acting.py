@@ -35,19 +35,17 @@ class Rollout:
     values: npt.NDArray[np.floating]  #: (T, N), V of the states acted in
     terminal_values: npt.NDArray[np.floating]  #: (T, N), V of the last state where a time limit ended the episode, else 0
     last_values: npt.NDArray[np.floating]  #: (N,), V of the state after the rollout
-    first_state: LstmState  #: memory before the first step
+    first_state: LstmState  #: LSTM state before the first step
     episode_starts: th.Tensor  #: (T, N), bool
     last_obs: Obs  #: (N, …)
-    chunks: list[slice]  #: the environments that are learned from at a time
-    caches: list[ChunkCache | None]  #: of each chunk what the policy computed while acting, if it can be used again
+    chunks: list[slice]  #: environments; each chunk makes one update
+    caches: list[ChunkCache | None]  #: the activations of each chunk; None if the policy can't use a cache
 
 
 class Actor:
     """
-    Acts in a worker's environments. Observations, LSTM state and episodes carry over from one rollout to the next.
-
-    :param policy: the worker's own
-    :param env: its environments, which begin new episodes at their next reset
+    Acts with a worker's policy in its environments, which begin new episodes at their next reset. Observations, LSTM state
+    and episodes carry over from one rollout to the next.
     """
 
     def __init__(self, policy: ActorCriticPolicy, env: VecEnv) -> None:
@@ -66,18 +64,11 @@ class Actor:
         self._cache_shape: tuple[int, list[slice]] | None = None
 
     def close(self) -> None:
-        """Let go of the environments, which stay open."""
+        """Release the environments, which stay open."""
         self._env.close()
 
     def act(self, hyperparams: Hyperparams, should_stop: Callable[[], bool], timer: Timer) -> Rollout | None:
-        """
-        Act for ``n_steps``, in eval mode as A2C does.
-
-        :param hyperparams: that count for this rollout
-        :param should_stop: asked between steps
-        :param timer: counts the seconds of policy and environments
-        :return: the rollout; None if a stop was asked for
-        """
+        """Act for ``n_steps``, in eval mode as A2C does. None if ``should_stop``, which is asked between steps, says so."""
         n_steps, n_envs = hyperparams.n_steps, self._n_envs
         self._policy.set_training_mode(False)
         chunks = _chunks(n_envs, hyperparams.envs_per_update)
@@ -131,10 +122,8 @@ class Actor:
 
     def evaluate(self, rollout: Rollout, index: int) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """
-        Evaluate the actions of a chunk of the rollout's n environments again, with gradients.
+        Evaluate again, with gradients, the actions of the n environments of chunk ``index`` in the last rollout.
 
-        :param rollout: the last one
-        :param index: of the chunk
         :return: values, log-probabilities and entropies, each (T, n); the last None where there is no analytical entropy
         """
         chunk, cache = rollout.chunks[index], rollout.caches[index]
@@ -154,7 +143,7 @@ class Actor:
         return values.reshape(shape), log_prob.reshape(shape), None if entropy is None else entropy.reshape(shape)
 
     def _empty_cache(self, n_steps: int, chunks: list[slice]) -> ActivationCache | None:
-        """For the next rollout; None where the policy can't use one."""
+        """The cache for the next rollout; None if the policy can't use one."""
         shape = (n_steps, chunks)
         if shape != self._cache_shape:
             self._cache = None  # frees it before there is another one
@@ -164,7 +153,7 @@ class Actor:
         return self._cache
 
     def _terminal_value(self, terminal_obs: Obs, env: int) -> th.Tensor:
-        """V of the observation at which a time limit cut an episode, with the memory it had; NaN if that is not finite."""
+        """V of the observation at which a time limit cut an episode, in its LSTM state; NaN if that is not finite."""
         if zero_non_finite(copied(batch_of_one(terminal_obs))).any():
             return th.tensor(np.nan)
         obs = self._policy.obs_to_tensor(terminal_obs)[0]  # also to channels first

@@ -26,12 +26,8 @@ from sb3_a3c.store.base import ParameterStore
 
 class ActorLearner:
     """
-    One worker: its environments, its replica of the policy, its memory.
-
-    :param config: what to do
-    :param env: the environments, which begin new episodes at their next reset
-    :param store: the shared parameters
-    :param should_stop: asked between steps; once it says yes, :meth:`rollout` drops the rollout it is in
+    One worker: its environments, which begin new episodes at their next reset, and its replica of the policy.
+    ``should_stop`` is asked between steps; once it says yes, :meth:`rollout` drops the rollout it is in.
     """
 
     def __init__(self, config: WorkerConfig, env: VecEnv, store: ParameterStore, should_stop: Callable[[], bool]) -> None:
@@ -47,11 +43,7 @@ class ActorLearner:
         self._statistics, self._timer = RolloutStatistics(), Timer()
 
     def rollout(self) -> Report | None:
-        """
-        Make one rollout and learn from it: an iteration of Algorithm S3's outer loop.
-
-        :return: the report; None when enough transitions are reserved or a stop was asked for
-        """
+        """An iteration of Algorithm S3's outer loop. None when enough transitions are reserved, or after a stop."""
         self._statistics, self._timer = RolloutStatistics(), Timer()
         n_transitions = self.hyperparams.n_steps * self.env.num_envs
         if self.should_stop() or (progress_remaining := self.replica.reserve(n_transitions)) is None:
@@ -75,7 +67,7 @@ class ActorLearner:
         )
 
     def close(self) -> None:
-        """Let go of the environments, which stay open."""
+        """Release the environments, which stay open."""
         self.actor.close()
 
     def _pull(self) -> None:
@@ -112,7 +104,7 @@ class ActorLearner:
     def _compute_gradient(
         self, rollout: Rollout, index: int, advantages: npt.NDArray[np.floating], returns: npt.NDArray[np.floating]
     ) -> LossTerms:
-        """Of chunk ``index``: leave the gradient of the loss over (n_steps, chunk) in the replica."""
+        """Leave the gradient of the loss of chunk ``index``, over (n_steps, chunk), in the policy."""
         if self.hyperparams.normalize_advantage and advantages.size > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         values, log_prob, entropy = self.actor.evaluate(rollout, index)

@@ -1,4 +1,4 @@
-"""What a worker is told at its start, and which part of it may change while it runs."""
+"""A worker's configuration, and the part of it that may change while the worker runs."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class Hyperparams:
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """All that a worker knows at its start."""
+    """What a worker gets at its start, beside its environments and the store."""
 
     index: int
     seed: int

@@ -42,10 +42,7 @@ def bootstrap_time_limits(rewards: FloatArray, terminal_values: FloatArray, gamm
     Time limits are not terminal states: where one cut an episode, add the discounted value of the state reached
     (Pardo et al. 2018, arXiv:1712.00378, section 3).
 
-    :param rewards: (n_steps, n_envs)
     :param terminal_values: (n_steps, n_envs), V of the last observation where a time limit ended the episode, else 0
-    :param gamma: discount factor
-    :return: (n_steps, n_envs)
     """
     assert rewards.shape == terminal_values.shape, (rewards.shape, terminal_values.shape)
     return rewards + gamma * terminal_values
@@ -56,11 +53,7 @@ def n_step_returns(rewards: FloatArray, dones: BoolArray, last_values: FloatArra
     Discounted returns, bootstrapped from the value of the state after the rollout (Algorithm S3, ``R ← r_i + γR``).
     With ``dones[-1]`` true everywhere these are REINFORCE's Monte-Carlo returns.
 
-    :param rewards: (n_steps, n_envs)
-    :param dones: (n_steps, n_envs), whether the step ended an episode
     :param last_values: (n_envs,), V of the state after the last step; ignored where that step ended an episode
-    :param gamma: discount factor
-    :return: (n_steps, n_envs)
     """
     assert rewards.ndim == 2 and rewards.shape == dones.shape, (rewards.shape, dones.shape)
     assert last_values.shape == rewards.shape[1:], (last_values.shape, rewards.shape)
@@ -74,13 +67,9 @@ def gae(
     Generalised advantage estimates (Schulman et al. 2016, arXiv:1506.02438, equation 16): the sums, discounted by
     ``gamma * gae_lambda``, of the TD errors ``r_t + γV(s_{t+1}) - V(s_t)``.
 
-    :param rewards: (n_steps, n_envs)
     :param values: (n_steps, n_envs), V of the states acted in
-    :param dones: (n_steps, n_envs), whether the step ended an episode
     :param last_values: (n_envs,), V of the state after the last step; ignored where that step ended an episode
-    :param gamma: discount factor
     :param gae_lambda: 0 gives the one-step TD error, 1 gives ``n_step_returns - values``
-    :return: (n_steps, n_envs)
     """
     assert rewards.ndim == 2 and rewards.shape == values.shape == dones.shape, (rewards.shape, values.shape, dones.shape)
     assert last_values.shape == rewards.shape[1:], (last_values.shape, rewards.shape)
@@ -93,9 +82,8 @@ def advantages_and_returns(
     rewards: FloatArray, values: FloatArray, dones: BoolArray, last_values: FloatArray, gamma: float, gae_lambda: float
 ) -> tuple[FloatArray, FloatArray]:
     """
-    What the actor and the critic learn from. Parameters as in :func:`gae`.
-
-    :return: advantages and value targets, each (n_steps, n_envs); exactly Algorithm S3's when ``gae_lambda`` is 1
+    The actor's advantages and the critic's targets; exactly Algorithm S3's when ``gae_lambda`` is 1. Parameters as in
+    :func:`gae`.
     """
     if gae_lambda == 1.0:
         returns = n_step_returns(rewards, dones, last_values, gamma)
@@ -131,10 +119,7 @@ def a3c_loss(
     :param entropy: (n_steps, n_envs), H(π(s_t)), with gradient; None where the distribution has no analytical entropy,
         which is then estimated by ``-log_prob``
     :param returns: (n_steps, n_envs), the critic's targets
-    :param advantages: (n_steps, n_envs)
     :param ent_coef: β of the paper
-    :param vf_coef: weight of half the squared error
-    :return: the terms, each a scalar
     """
     if entropy is None:
         entropy = -log_prob

@@ -1,7 +1,7 @@
-"""What a worker reports after each rollout: transitions for the callbacks, sums for the logger, and where its time went."""
+"""A worker's report on a rollout: transitions for callbacks, sums for the logger, and what its time was spent on."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ class RolloutStatistics:
     grad_norm: float = 0.0  #: sums over updates, before clipping
     staleness: int = 0
     skipped_updates: int = 0  #: updates dropped because something was not finite
-    fault: str = ""  #: what that was, at the last of them
+    fault: str = ""  #: what was not finite, at the last of them
     seconds: dict[str, float] = field(default_factory=dict)  #: spent on each of :data:`ACTIVITIES`
 
     def add_update(
@@ -39,13 +39,7 @@ class RolloutStatistics:
         grad_norm: float,
         staleness: int,
     ) -> None:
-        """
-        :param terms: of the loss whose gradient was pushed
-        :param returns: (T, n), of the environments learned from
-        :param values: (T, n), V of the states acted in
-        :param grad_norm: before clipping
-        :param staleness: of the gradient
-        """
+        """Count a push that learned from ``returns`` and ``values``, (T, n); ``grad_norm`` is the norm before clipping."""
         n_envs = returns.shape[1]
         self.n_updates += 1
         self.n_transitions += returns.size
@@ -79,23 +73,18 @@ class Timer:
         self._last = time.perf_counter()
 
     def spent(self, activity: str) -> None:
-        """
-        Count the time since the last call.
-
-        :param activity: what it was spent on, one of :data:`ACTIVITIES`
-        """
+        """Count the time since the last call as time spent on one of :data:`ACTIVITIES`."""
         now = time.perf_counter()
         self.seconds[activity] += now - self._last
         self._last = now
 
 
 def moments(x: npt.NDArray[np.floating]) -> tuple[float, float]:
-    """:return: the sums of the numbers and of their squares, in double precision: they are pooled and subtracted later"""
+    """The sums of the numbers and of their squares; in double precision, because they are pooled and subtracted later."""
     x = x.astype(np.float64)
     return float(x.sum()), float(np.square(x).sum())
 
 
-def added(a: Iterable[float], b: Iterable[float]) -> tuple[float, float]:
-    """:return: the moments of all numbers, from the moments of two disjoint sets of them"""
-    first, second = (x + y for x, y in zip(a, b, strict=True))
-    return first, second
+def added(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+    """The moments of all numbers, from the moments of two disjoint sets of them."""
+    return a[0] + b[0], a[1] + b[1]

@@ -53,11 +53,7 @@ class DroppedUpdateError(Exception):
 
 
 class UpdateGuard:
-    """
-    Drops updates that something non-finite would spoil, and counts how many in a row.
-
-    :param replica: whose gradient is discarded then
-    """
+    """Drops updates that something non-finite would spoil, and counts how many in a row."""
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
@@ -66,9 +62,8 @@ class UpdateGuard:
     @contextlib.contextmanager
     def dropping(self, statistics: RolloutStatistics) -> Iterator[None]:
         """
-        Inside this block one update is made, or :class:`DroppedUpdateError` is raised and it is not.
+        One update is made inside this block. If it raises a :class:`DroppedUpdateError`, the update is dropped and counted.
 
-        :param statistics: where a dropped update is counted
         :raises DivergenceError: if that has happened ``MAX_SKIPPED_UPDATES`` times in a row
         """
         try:
@@ -90,11 +85,7 @@ class UpdateGuard:
 def check_rollout(
     faulty_obs: npt.NDArray[np.bool_], rewards: npt.NDArray[np.floating], terminal_values: npt.NDArray[np.floating]
 ) -> None:
-    """
-    :param faulty_obs: (n,), which environments of a chunk had an observation that was not finite
-    :param rewards: (T, n)
-    :param terminal_values: (T, n), of the observations at which time limits cut episodes
-    """
+    """``faulty_obs``, (n,): which environments of a chunk had an observation that was not finite. The others are (T, n)."""
     if faulty_obs.any() or not np.isfinite(terminal_values).all():
         raise DroppedUpdateError(Fault.OBSERVATION)
     if not np.isfinite(rewards).all():

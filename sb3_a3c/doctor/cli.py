@@ -100,7 +100,7 @@ def versions() -> Finding:
 
 
 def _findings_in(env: VecEnv, n_workers: int, args: argparse.Namespace) -> Iterator[Finding]:
-    """What depends on the environment: first what would end this very process, then what would end workers."""
+    """What depends on the environment: first what would end this process, then what would end workers."""
     policy = args.policy or default_policy(env.observation_space)
     try:
         model = A3C(policy, env, n_workers=args.n_workers, start_method=args.start_method)

@@ -68,11 +68,8 @@ def default_policy(observation_space: gym.Space[Any]) -> str:
 
 def gradient_mismatch(policy: ActorCriticPolicy, obs: Obs) -> str | None:
     """
-    Push gradients through a replica, apply the same to a reference copy with torch's optimizer alone, and compare.
-
-    :param policy: is left as it is
-    :param obs: (n_envs, …), to compute gradients from
-    :return: what differs, if only by a bit; None if nothing does
+    Push gradients through a replica, apply the same to a reference copy with torch's optimizer alone, and compare. Return
+    what differs, if only by a bit; None if nothing does. The policy is left as it is.
     """
     store = SharedMemoryStore(policy, n_workers=1)
     local, reference = copy.deepcopy(policy), copy.deepcopy(policy)

@@ -19,8 +19,6 @@ class NonFiniteFilter:
 
     ``VecNormalize`` would keep a NaN in its statistics for ever, and clip an infinity. So the input of the innermost one is
     filtered too, unless a ``VecCheckNan`` outside of it has to see everything.
-
-    :param env: a worker's environments
     """
 
     def __init__(self, env: VecEnv) -> None:
@@ -62,10 +60,8 @@ class NonFiniteFilter:
 
 class _InputFilter:
     """
-    Replaces numbers that are not finite by 0 in what a ``VecNormalize`` gets from the ``VecEnv`` inside it.
-
-    :param venv: the inner ``VecEnv``; ``reset`` and ``step_wait`` of this instance are replaced, because another wrapper
-        around it would change the user's stack
+    Replaces numbers that are not finite by 0 in what a ``VecNormalize`` gets from the ``VecEnv`` inside it. ``reset`` and
+    ``step_wait`` of that instance are replaced, because another wrapper around it would change the user's stack.
     """
 
     def __init__(self, venv: VecEnv) -> None:
@@ -93,12 +89,7 @@ class _InputFilter:
 
 
 def zero_non_finite(obs: Any) -> npt.NDArray[np.bool_]:
-    """
-    Replace by 0, in place, each number that is not finite in single precision.
-
-    :param obs: (n_envs, …)
-    :return: (n_envs,), which environments had such a number
-    """
+    """Replace by 0, in place, numbers that are not finite in single precision. Return (n_envs,): where any were."""
     if isinstance(obs, dict):
         faulty: npt.NDArray[np.bool_] = np.logical_or.reduce([zero_non_finite(part) for part in obs.values()])
         return faulty

@@ -79,13 +79,7 @@ def merge_deltas(into: VecEnv | Deltas, deltas: Deltas) -> None:
 
 
 class StatisticsMerger:
-    """
-    The main process's part: merges deltas into the user's ``VecNormalize``, and keeps them for each other worker until they
-    are sent.
-
-    :param env: the user's environments
-    :param n_workers: number of workers
-    """
+    """The main process's part: merges deltas into the user's ``VecNormalize``, and keeps them for the other workers."""
 
     def __init__(self, env: VecEnv, n_workers: int) -> None:
         self._env = env

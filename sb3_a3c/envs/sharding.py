@@ -54,22 +54,15 @@ class EnvShare:
 
 
 def deal(n_envs: int, n_workers: int) -> list[tuple[int, ...]]:
-    """
-    Distribute environments over workers as evenly as possible.
-
-    :return: for each worker the indices of its environments, in order
-    """
+    """Distribute environments over workers as evenly as possible. Return each worker's indices, in order."""
     bounds = [n_envs * worker // n_workers for worker in range(n_workers + 1)]
     return [tuple(range(begin, end)) for begin, end in pairwise(bounds)]
 
 
 def split_env(env: VecEnv, shares: Sequence[Sequence[int]], first_reset: FirstReset) -> list[EnvShare]:
     """
-    Make the shares that are sent to workers.
+    Make the shares that are sent to workers; ``shares`` has for each worker the indices of its environments.
 
-    :param env: ``DummyVecEnv`` or ``SubprocVecEnv``, also under SB3's wrappers
-    :param shares: for each worker the indices of its environments
-    :param first_reset: of all environments
     :raises ValueError: if the environments can't be sent to other processes
     """
     return [EnvShare(*dump_env(take_share(env, indices)), first_reset.of(indices)) for indices in shares]
@@ -79,8 +72,6 @@ def take_share(env: VecEnv, indices: Sequence[int]) -> VecEnv:
     """
     Return a smaller ``VecEnv`` of the same kind that holds the same environment objects, not copies.
 
-    :param env: a vectorised environment
-    :param indices: the environments to take
     :raises ValueError: if this kind can't be split
     """
     if type(env) is DummyVecEnv:

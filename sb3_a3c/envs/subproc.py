@@ -31,11 +31,8 @@ def lend(env: SubprocVecEnv, indices: Sequence[int]) -> SubprocVecEnv:
 
 def take_back(env: SubprocVecEnv, indices: Iterable[int], patience: float = math.inf) -> None:
     """
-    Discard the replies that a dead worker did not read; warn if an environment does not answer any more.
-
-    :param env: the user's
-    :param indices: the environments that the worker had
-    :param patience: seconds to wait, if less than ``TAKE_BACK_SECONDS``
+    Discard the replies that a dead worker did not read. Warn of environments that do not answer within ``patience``
+    seconds, or ``TAKE_BACK_SECONDS`` if that is less.
     """
     env.waiting = False
     mark = secrets.token_hex(8)

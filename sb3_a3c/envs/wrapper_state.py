@@ -87,12 +87,7 @@ def wrapper_counts(env: VecEnv) -> WrapperCounts:
 
 
 def continue_from(env: VecEnv, workers_counts: Sequence[WrapperCounts]) -> None:
-    """
-    Let the user's wrappers continue where those of the workers have ended.
-
-    :param env: the user's vectorised environment
-    :param workers_counts: the counters of each worker's wrappers at its end
-    """
+    """Let the user's wrappers continue where each worker's wrappers ended."""
     for wrapper in wrappers(env):
         if name := _COUNTERS.get(type(wrapper)):
             before = getattr(wrapper, name)

@@ -1,4 +1,4 @@
-"""One calling convention for workers, that of :class:`LstmActorCriticPolicy`, also for feed-forward policies."""
+"""The calling convention of :class:`LstmActorCriticPolicy`, also for feed-forward policies."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,1 +1,1 @@
-"""Starts, watches, replaces and stops worker processes. Knows no reinforcement learning."""
+"""Starts, watches, replaces and stops worker processes. It knows no reinforcement learning."""

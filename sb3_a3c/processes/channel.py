@@ -61,11 +61,9 @@ class WorkerChannel:
     def serve(self, handler: Callable[[Any], Any], timeout: float | None = 0.0) -> bool:
         """
         Take one message out of the inbox and call ``handler`` with it. If the message is a request, what ``handler``
-        returns or raises is sent as the answer.
+        returns or raises is sent as the answer. Return whether there was a message.
 
-        :param handler: called with the message
         :param timeout: seconds to wait for a message; None waits until one arrives or a stop is requested
-        :return: whether there was a message
         """
         try:
             message = pickle.loads(self._inbox.get(timeout != 0, timeout))
@@ -105,12 +103,7 @@ class WorkerChannel:
 
 
 def worker_process(
-    target: bytes,
-    pipe: "Pipe[Any, Any]",
-    inbox: "Pipe[Any, Any]",
-    flags: th.Tensor,
-    index: int,
-    arguments: tuple[Any, ...],
+    target: bytes, pipe: "Pipe[Any, Any]", inbox: "Pipe[Any, Any]", flags: th.Tensor, index: int, arguments: tuple[Any, ...]
 ) -> None:
     """Entry point of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the main process stops the workers

@@ -1,5 +1,5 @@
 """
-What the system grants this process: memory, cores, open files. Each function returns None if the system does not tell.
+What the system grants this process: memory and cores. Functions return None for what the system does not tell.
 
 In a container the limits are those of its control group. ``/sys/fs/cgroup`` has one tree of folders for all controllers
 (version 2) or one tree for each (version 1). A limit applies to all groups below, so the tightest one on the way up counts.

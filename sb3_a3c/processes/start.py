@@ -1,7 +1,7 @@
 """
 Starts worker processes quickly, without importing the main script.
 
-A fork server of our own imports torch once for all workers. The one that multiprocessing shares between all its users may
+A separate fork server imports torch once for all workers. The one that multiprocessing shares between all its users may
 already run without torch (for a ``SubprocVecEnv``), and each worker would then take seconds to import it.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 _starting = threading.Lock()
-_server: Any = None  # our multiprocessing.forkserver.ForkServer, once it was needed
+_server: Any = None  # the separate multiprocessing.forkserver.ForkServer, once it was needed
 
 
 def process_context(start_method: str | None) -> Any:
@@ -27,12 +27,7 @@ def process_context(start_method: str | None) -> Any:
 
 @contextlib.contextmanager
 def prepared_start(context: Any, preload: Sequence[str]) -> Iterator[None]:
-    """
-    Start processes inside this block.
-
-    :param context: their context
-    :param preload: names of modules that a new fork server imports once for all its children
-    """
+    """Start processes of ``context`` inside this block. A new fork server imports the modules of ``preload`` for them."""
     server = _own_fork_server(preload) if context.get_start_method() == "forkserver" else contextlib.nullcontext()
     with _starting, _without_main_module(), _sigint_blocked(), server:
         yield

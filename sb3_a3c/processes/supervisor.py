@@ -205,9 +205,8 @@ class Supervisor:
 
     def stop(self, hurry: threading.Event | None = None) -> None:
         """
-        End all processes, by force if they take longer than ``STOP_SECONDS``, and free their resources.
-
-        :param hurry: set by a second Ctrl-C: by force at once
+        End all processes, by force if they take longer than ``STOP_SECONDS`` or if ``hurry`` is set (by a second Ctrl-C),
+        and free their resources.
         """
         self.request_stop()
         try:

@@ -1,7 +1,6 @@
 """
-The seam between learning and the place where the shared parameters lie: two protocols.
-
-All other code is written against them. Only the collector and the doctor choose an implementation.
+Protocols of the store of shared parameters. All other code is written against them; only the collector and the doctor choose
+an implementation.
 """
 
 from typing import Protocol
@@ -43,12 +42,11 @@ class Replica(Protocol):
         """
         Announce a rollout before it begins, so that all workers together exceed the goal by one rollout each at most.
 
-        :param n_transitions: of the rollout
         :return: the progress remaining after it, from 1 to 0, as schedules take it; None if the goal is reserved already
         """
 
     def is_my_turn(self) -> bool:
-        """:return: whether workers before this one have finished this round, and those behind it the last one"""
+        """Whether workers before this one have finished this round, and those behind it the last one."""
 
     def end_turn(self) -> None:
         """Let the next worker have its turn."""
@@ -65,11 +63,7 @@ class ParameterStore(Protocol):
         """Pushes by all workers so far."""
 
     def replica(self, policy: ActorCriticPolicy, worker: int) -> Replica:
-        """
-        :param policy: a copy of the policy that the store was made from; it becomes the replica's
-        :param worker: index of the worker that pulls and pushes
-        :return: that worker's end of the store, with the shared parameters pulled
-        """
+        """A worker's end of the store. ``policy``, a copy of the one that the store was made from, becomes the replica's."""
 
     def load_policy(self, policy: ActorCriticPolicy) -> None:
         """Set the shared parameters, module buffers and optimizer state to those of a policy of the same architecture."""
@@ -81,12 +75,7 @@ class ParameterStore(Protocol):
         """Copy the shared optimizer state into ``policy.optimizer``, whose tensors stay private."""
 
     def release(self, worker: int, n_transitions: int) -> None:
-        """
-        Take back what a worker that died had reserved and not reported.
-
-        :param worker: its index
-        :param n_transitions: that it has reported
-        """
+        """Undo the reservations of a worker that died, except for the ``n_transitions`` that it has reported."""
 
     def close(self) -> None:
         """Free the memory. Replicas and copies that were fetched stay usable."""

@@ -28,7 +28,11 @@ class Counter(enum.IntEnum):
 
     UPDATES = 0  #: pushes done
     RESERVED = 1  #: transitions of the rollouts begun
-    TURNS = 2  #: rollouts finished, when workers take turns
+    TURNS = 2  #: rollouts finished, when workers take turns; LEFT once no one need wait for this worker
+
+
+#: In the column TURNS: larger than any number of rollouts.
+LEFT = 2**62
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,7 @@ class Slot:
 
 
 class Layout:
-    """
-    The slots of all that is shared.
-
-    :param policy: whose parameters and module buffers are to be shared
-    :param state: for each parameter the optimizer's state
-    :param n_workers: number of rows of the counters
-    """
+    """The slots of all that is shared; ``state`` is the optimizer's for each parameter."""
 
     def __init__(self, policy: ActorCriticPolicy, state: Sequence[dict[str, Any]], n_workers: int) -> None:
         self.n_bytes = 0
@@ -74,7 +72,7 @@ class Layout:
             self._state_numbers.append({key: value for key, value in values.items() if key not in tensors})
 
     def counters(self, flat: th.Tensor) -> npt.NDArray[np.int64]:
-        """:return: (n_workers, len(Counter)), a view of the shared memory"""
+        """(n_workers, len(Counter)), a view of the shared memory."""
         counters: npt.NDArray[np.int64] = self._counters.view(flat).numpy()
         return counters
 
@@ -95,5 +93,5 @@ class Layout:
 
 
 def same_order(a: th.Tensor, b: th.Tensor) -> bool:
-    """:return: whether two tensors of one shape have the same order in memory (strides of dimensions of size 1 are moot)"""
+    """Whether two tensors of one shape have the same order in memory (strides of dimensions of size 1 are moot)."""
     return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))

@@ -10,8 +10,8 @@ import torch as th
 
 def check_optimizer(optimizer: th.optim.Optimizer) -> None:
     """
-    :raises ValueError: if the optimizer's ``step`` needs a closure, which would have to be evaluated on the shared
-        parameters while other workers change them
+    Raise a ValueError if the optimizer's ``step`` needs a closure, which would have to be evaluated on the shared
+    parameters while other workers change them.
     """
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
@@ -46,10 +46,8 @@ def initial_state(optimizer: th.optim.Optimizer, parameter: th.nn.Parameter) -> 
     state: dict[str, Any] = optimizer.state.get(parameter, {})
     if state or not parameter.requires_grad:
         return state
-    for group in optimizer.param_groups:
-        if any(parameter is p for p in group["params"]):
-            break
-    else:
+    group = next((group for group in optimizer.param_groups if any(parameter is p for p in group["params"])), None)
+    if group is None:
         return {}
     stand_in = th.nn.Parameter(parameter.detach().clone())
     stand_in.grad = th.zeros_like(stand_in)

@@ -6,13 +6,12 @@ applies the worker's gradient to them with the shared optimizer, without a lock.
 import time
 from collections import defaultdict
 
-import numpy as np
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_a3c.errors import DivergenceError
 from sb3_a3c.store.finite import all_finite
-from sb3_a3c.store.layout import Counter, Layout, same_order
+from sb3_a3c.store.layout import LEFT, Counter, Layout, same_order
 
 #: A pull copies the shared parameters up to 1000 times, a millisecond apart, until all are finite.
 MAX_COPIES = 1000
@@ -20,25 +19,12 @@ MAX_COPIES = 1000
 
 class SharedMemoryReplica:
     """
-    A :class:`~sb3_a3c.store.base.Replica`, made by ``SharedMemoryStore.replica``. The parameters of ``policy`` move into
-    one flat private buffer, its optimizer onto the shared parameters.
-
-    :param flat: the shared memory
-    :param layout: what lies where in it
-    :param policy: a copy, for this worker alone, of the policy that the store was made from
-    :param worker: index of the worker
-    :param total_steps: transitions after which ``reserve`` grants no more
-    :param steps_before: those of them that were done before the store was made
+    A :class:`~sb3_a3c.store.base.Replica`, made by ``SharedMemoryStore.replica``. The parameters of ``policy``, the
+    worker's own, move into one flat private buffer, its optimizer onto the shared parameters.
     """
 
     def __init__(
-        self,
-        flat: th.Tensor,
-        layout: Layout,
-        policy: ActorCriticPolicy,
-        worker: int,
-        total_steps: int,
-        steps_before: int,
+        self, flat: th.Tensor, layout: Layout, policy: ActorCriticPolicy, worker: int, total_steps: int, steps_before: int
     ) -> None:
         self._policy = policy
         self._worker = worker
@@ -118,7 +104,7 @@ class SharedMemoryReplica:
         self._counters[self._worker, Counter.TURNS] += 1
 
     def leave_turns(self) -> None:
-        self._counters[self._worker, Counter.TURNS] = np.iinfo(np.int64).max
+        self._counters[self._worker, Counter.TURNS] = LEFT
 
     def _pull_buffers(self) -> None:
         for buffer, shared in zip(self._policy.buffers(), self._shared_buffers, strict=True):

@@ -2,7 +2,7 @@
 The shared parameters in the memory that all processes of one machine map.
 
 Workers apply their gradients to them without a lock: Hogwild (Recht et al. 2011, arXiv:1106.5730; section 4 of Mnih et al.
-2016). ``layout`` has the picture of the memory, ``replica`` the two verbs.
+2016). ``layout`` shows the memory; ``replica`` has ``pull`` and ``push``.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_a3c.store.finite import all_finite, check_finite
-from sb3_a3c.store.layout import Counter, Layout
+from sb3_a3c.store.layout import LEFT, Counter, Layout
 from sb3_a3c.store.optimizer_state import check_optimizer, initial_state
 from sb3_a3c.store.replica import SharedMemoryReplica
 
@@ -25,10 +25,8 @@ NO_GOAL = 2**62
 class SharedMemoryStore:
     """
     A :class:`~sb3_a3c.store.base.ParameterStore` for the processes of one machine. Picklable as an argument of a starting
-    process, which then maps the same memory.
+    process, which then maps the same memory. The policy that it is made from keeps its own parameters.
 
-    :param policy: parameters, buffers and optimizer to start from; it keeps its own
-    :param n_workers: number of replicas that may push
     :param total_steps: transitions after which ``reserve`` grants no more
     :param steps_before: those of them that are done already
     :param share_memory: False keeps everything in this process's private memory, for one worker in this process
@@ -91,6 +89,9 @@ class SharedMemoryStore:
 
     def release(self, worker: int, n_transitions: int) -> None:
         self._counters[worker, Counter.RESERVED] = n_transitions
+        turns = self._counters[:, Counter.TURNS]
+        if turns[worker] >= LEFT:  # its successor joins the round of the others
+            turns[worker] = min(turns[turns < LEFT], default=0)
 
     def close(self) -> None:
         self._flat = th.empty(0, dtype=th.uint8)

@@ -1,4 +1,4 @@
-"""Which worker gets which environments and seeds, and what it is told at its start."""
+"""Assigns environments and seeds to workers, and makes the arguments that each is started with."""
 
 import dataclasses
 import multiprocessing
@@ -26,14 +26,9 @@ class Assignment:
     Deals environments and seeds out to workers. Every seed of a training derives from one; those of the environments do not
     depend on the number of workers.
 
-    :param env: the user's environments
-    :param policy: that each worker begins with
-    :param hyperparams: likewise
     :param n_workers: number of processes; 0 for one worker in this process; None for one for each core, or for this process,
         with a warning, if the environments can't be sent to others
-    :param seed: every seed is derived from it
     :param env_seeds: seeds that the environments begin with; None where one is to be derived
-    :param env_options: options that the environments begin with
     :raises ValueError: if the environments can't be sent to other processes
     """
 
@@ -55,6 +50,7 @@ class Assignment:
         shares = _shares(env, n_workers, self.first_reset)
         self.shares = list(shares.values())  #: of each worker process its environments; empty to train in this process
         self.env_indices = list(shares) or [tuple(range(n_envs))]  #: of each worker
+        self.n_workers = len(self.env_indices)  #: at least 1
         self.worker_of = {index: worker for worker, indices in enumerate(self.env_indices) for index in indices}
         pickled_policy = cloudpickle.dumps(policy)
         self.configs = [
@@ -62,18 +58,8 @@ class Assignment:
             for worker, indices in enumerate(self.env_indices)
         ]
 
-    @property
-    def n_workers(self) -> int:
-        """Number of workers, at least 1."""
-        return len(self.env_indices)
-
     def arguments(self, store: ParameterStore, worker: int, n_waiting: int = 0) -> tuple[Any, ...]:
-        """
-        :param store: the shared parameters
-        :param worker: its index
-        :param n_waiting: rollouts that its predecessor has reported and that are not consumed yet
-        :return: the arguments of ``run_worker`` in the worker's process, after the channel
-        """
+        """The arguments of ``run_worker`` after the channel; ``n_waiting``: rollouts of its predecessor not yet consumed."""
         config = self.configs[worker]
         # with short rollouts, those of one worker must be able to fill a whole step
         n_tickets = MAX_ROLLOUTS_WAITING + 1
@@ -82,11 +68,8 @@ class Assignment:
 
     def renew(self, worker: int, n_restarts: int, hyperparams: Hyperparams) -> None:
         """
-        Prepare for a new process in the place of a dead one: with the environments as the user's are now, and new seeds.
-
-        :param worker: its index
-        :param n_restarts: how many processes have been replaced in this training, this one included
-        :param hyperparams: of now
+        Prepare for a new process in the place of a dead one: with the environments as the user's are now, and new seeds,
+        which depend on the number of processes replaced so far, this one included.
         """
         seed, *seeds = _derived_seeds([self._seed, n_restarts], self.env.num_envs + 1)
         first_reset = dataclasses.replace(self.first_reset, seeds=tuple(seeds))

@@ -1,7 +1,7 @@
 """
 The Hogwild collector: what ``A3C.collect_rollouts`` drives.
 
-It runs the workers (processes under the supervisor, or one in this very process), puts their reports together to steps of
+It runs the workers (processes under the supervisor, or one in this process), assembles their reports into steps of
 ``n_envs`` transitions for Stable-Baselines3's callbacks, and passes on to the workers what callbacks change.
 """
 
@@ -65,14 +65,10 @@ class HogwildCollector:
     Workers that learn on shared parameters, and what they report. They start at once and run until :meth:`stop`. Until
     then calls to ``env`` reach the workers' environments.
 
-    :param assignment: the user's environments and seeds, dealt out to workers
     :param policy: the policy to start from, optimizer included; it stays private to this process
     :param first_obs: (n_envs, …), observations to show until the first reports come
     :param steps_before: transitions made in earlier calls of ``learn``
     :param total_steps: goal, ``steps_before`` included
-    :param start_method: as A3C's
-    :param max_restarts: number of workers that may be replaced after they died
-    :param timeout: seconds that a worker may take for a step, or for learning; None for ever
     """
 
     def __init__(
@@ -126,9 +122,8 @@ class HogwildCollector:
 
     def wait_for_step(self) -> bool:
         """
-        :return: whether there is a next step; False when all workers have finished and all steps were taken
-        :raises WorkerDiedError: if a worker died
-        :raises Exception: what a worker raised
+        Return whether there is a next step; False when all workers have finished and all steps were taken. Raise what a
+        worker raised, or a WorkerDiedError.
         """
         while not self._assembler.has_step(flush=self._all_done):
             if self._all_done:
@@ -137,7 +132,7 @@ class HogwildCollector:
         return True
 
     def take_step(self) -> Step:
-        """:return: the next step of all environments, which :meth:`wait_for_step` has promised"""
+        """Return the next step of all environments, after :meth:`wait_for_step` has returned True."""
         step = self._assembler.take_step()
         for env_index in self._assembler.take_used_up():
             worker = self._assignment.worker_of[env_index]
@@ -165,18 +160,14 @@ class HogwildCollector:
         self._receive_rest(lambda: self._all_done, threading.Event())
 
     def take_leftovers(self) -> tuple[list[dict[str, Any]], npt.NDArray[np.bool_]]:
-        """:return: of the transitions that no step has shown the infos, and whether each ended an episode"""
+        """Return of the transitions that no step has shown the infos, and whether each ended an episode."""
         for waiting in self._statistics_of:
             while waiting:
                 self.statistics.add(waiting.popleft())
         return self._assembler.leftovers()
 
     def stop(self, hurry: threading.Event) -> None:
-        """
-        End the workers and free what was used for them. The store and the leftovers stay readable.
-
-        :param hurry: set by a second Ctrl-C
-        """
+        """End the workers, at once if ``hurry`` is set, and free what they used. Store and leftovers stay readable."""
         self._is_ending = True
         if self._env_proxy is not None:
             self._env_proxy.remove()
@@ -201,7 +192,7 @@ class HogwildCollector:
                 deadline, hurry = min(deadline, time.monotonic() + HURRY_SECONDS), threading.Event()
             try:
                 self._receive(min(left, LOOK_SECONDS))
-            except Exception as error:  # the model is complete: nothing is left to be done about it
+            except Exception as error:  # the model is complete: a warning is enough
                 if not already_failing:
                     warnings.warn(f"At the end of training a worker failed: {type(error).__name__}: {error}", stacklevel=2)
 
@@ -240,23 +231,20 @@ class HogwildCollector:
 
     def _handle_all(self) -> None:
         for worker, message in self._workers.take():
-            self._handle(worker, message)
-
-    def _handle(self, worker: int, message: Any) -> None:
-        match message:
-            case RolloutFinished(report, deltas):
-                self._assembler.add(report)
-                self._n_reported[worker] += report.rewards.size
-                self._statistics_of[worker].append(report.statistics)
-                self._normalize.merge(worker, deltas)
-                self.statistics.warn_of_skipped(report.statistics)
-            case TrainingDone():
-                self._done.add(worker)
-                for other in range(self._n_workers):
-                    self._send_ticket(other)  # a worker that waits for one must find out too that there is no more to do
-            case FinalState(deltas, counts):
-                self._normalize.merge(worker, deltas)
-                self._wrapper_counts[worker] = counts
+            match message:
+                case RolloutFinished(report, deltas):
+                    self._assembler.add(report)
+                    self._n_reported[worker] += report.rewards.size
+                    self._statistics_of[worker].append(report.statistics)
+                    self._normalize.merge(worker, deltas)
+                    self.statistics.warn_of_skipped(report.statistics)
+                case TrainingDone():
+                    self._done.add(worker)
+                    for other in range(self._n_workers):
+                        self._send_ticket(other)  # a worker that waits for one must learn that there is no more to do
+                case FinalState(deltas, counts):
+                    self._normalize.merge(worker, deltas)
+                    self._wrapper_counts[worker] = counts
 
     @uninterrupted()
     def _replace(self, death: WorkerDiedError) -> None:

@@ -1,6 +1,6 @@
 """
-While workers run, the environments that train are theirs. An :class:`EnvProxy` passes calls of the user's own ``VecEnv`` on
-to them: ``env_method``, ``set_attr``, ``get_attr`` and the like of that very object, also from under its wrappers.
+While workers run, passes calls of the user's own ``VecEnv`` on to the workers' environments: ``env_method``, ``set_attr``,
+``get_attr`` and the like, also those that come through its wrappers.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
 from sb3_a3c.workers.protocol import EnvCall
 
-#: Puts a call to some workers, each by its index, and waits for their answers.
+#: Sends calls to workers, given by their indices, and waits for the answers.
 Ask = Callable[[Mapping[int, EnvCall]], dict[int, Any]]
 
 _PASSED_ON = ("env_method", "get_attr", "set_attr", "has_attr", "env_is_wrapped", "get_images")
@@ -19,24 +19,14 @@ _FORBIDDEN = ("reset", "step_async", "step_wait")
 
 
 def call_env(env: VecEnv, call: EnvCall) -> Any:
-    """
-    :param env: a worker's environments
-    :param call: what to call
-    :return: what the call returned
-    """
+    """Call a method of a worker's environments."""
     indices = {} if call.indices is None else {"indices": call.indices}
     # of the innermost VecEnv: the main process's wrappers have passed the call on already
     return getattr(env.unwrapped, call.method)(*call.args, **indices, **call.kwargs)
 
 
 class EnvProxy:
-    """
-    Lets the innermost of the user's environments pass calls on to the workers', until :meth:`remove`.
-
-    :param env: the user's vectorised environment
-    :param env_indices: for each worker the indices of its environments
-    :param ask: reaches the workers
-    """
+    """Replaces methods of the user's innermost ``VecEnv`` until :meth:`remove`; ``env_indices`` are those of each worker."""
 
     def __init__(self, env: VecEnv, env_indices: Sequence[Sequence[int]], ask: Ask) -> None:
         self._base = env.unwrapped

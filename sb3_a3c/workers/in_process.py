@@ -1,4 +1,4 @@
-"""The one worker of ``n_workers=0``: the same actor-learner in this very process, for debuggers and notebooks."""
+"""The one worker of ``n_workers=0``: the same actor-learner in this process, for debuggers and notebooks."""
 
 import contextlib
 import random
@@ -18,12 +18,8 @@ from sb3_a3c.workers.protocol import RolloutFinished, UpdateHyperparams
 
 class InProcessWorker:
     """
-    :class:`~sb3_a3c.workers.protocol.Workers` of one: to wait for it is to let it make its next rollout. It has random state
-    and thread count of its own.
-
-    :param config: what to do
-    :param env: the user's environments, which begin new episodes at their next reset
-    :param store: the parameters, in private memory
+    :class:`~sb3_a3c.workers.protocol.Workers` of one, in the user's environments: to wait for it is to let it make its next
+    rollout. It has its own random state and number of threads.
     """
 
     def __init__(self, config: WorkerConfig, env: VecEnv, store: ParameterStore) -> None:

@@ -1,5 +1,5 @@
 """
-What crosses the border between the main process and its workers, and what the collector asks of them::
+The messages between the main process and its workers, and what the collector asks of them::
 
     main process                                                       worker
       RolloutConsumed     a ticket; what others' VecNormalize saw ──►   one more rollout may be reported
@@ -25,7 +25,7 @@ from sb3_a3c.errors import WorkerDiedError
 
 
 class RolloutConsumed(NamedTuple):
-    """To a worker: a ticket, for one of its reports was used up."""
+    """To a worker: a ticket, because one of its reports was consumed."""
 
     deltas: Deltas  #: what other workers' ``VecNormalize`` saw
 

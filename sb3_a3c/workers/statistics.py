@@ -1,4 +1,4 @@
-"""What the logger is told of the workers' learning."""
+"""Pools the statistics of the workers' rollouts for the logger."""
 
 import warnings
 from collections.abc import Mapping

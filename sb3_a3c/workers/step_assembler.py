@@ -1,4 +1,4 @@
-"""What a callback sees: the reports of all workers, put together to steps of ``n_envs`` transitions."""
+"""Assembles the reports of all workers into steps of ``n_envs`` transitions, which callbacks see."""
 
 from collections import deque
 from typing import Any, NamedTuple
@@ -38,7 +38,6 @@ class StepAssembler:
     stay in order of time.
 
     :param first_obs: (n_envs, …), the observations before the first step
-    :param n_envs: number of environments
     :param max_rollouts: of one environment, that may wait for the others, one that is begun included
     """
 
@@ -63,17 +62,14 @@ class StepAssembler:
                 queue.append(_Transition(env_index, rewards[t], dones[t], info, report.actions[t, column], end))
 
     def has_step(self, flush: bool = False) -> bool:
-        """
-        :param flush: no more reports will come: make steps as long as ``n_envs`` transitions are left
-        :return: whether there is a next step
-        """
+        """Whether there is a next step. ``flush`` if no more reports will come: then any ``n_envs`` transitions make one."""
         if all(self._queues):
             return True
         enough = flush or max(self._n_rollouts) >= self.max_rollouts
         return enough and sum(len(queue) for queue in self._queues) >= self.n_envs
 
     def take_step(self) -> Step:
-        """:return: the next step, which :meth:`has_step` has promised"""
+        """Return the next step, after :meth:`has_step` has returned True."""
         row = [(queue or max(self._queues, key=len)).popleft() for queue in self._queues]
         ends = [(t.env_index, *t.rollout_end) for t in row if t.rollout_end is not None]
         if ends:
@@ -90,16 +86,12 @@ class StepAssembler:
         )
 
     def take_used_up(self) -> list[int]:
-        """:return: the environments of which a rollout has ended in a step since the last call, once for each rollout"""
+        """Return the environments of which a rollout has ended in a step since the last call, once for each rollout."""
         used_up, self._used_up = self._used_up, []
         return used_up
 
     def leftovers(self) -> tuple[list[dict[str, Any]], npt.NDArray[np.bool_]]:
-        """
-        Take out all transitions that no step has shown.
-
-        :return: their infos, and whether each ended an episode
-        """
+        """Take out all transitions that no step has shown. Return their infos, and whether each ended an episode."""
         rest = [transition for queue in self._queues for transition in queue]
         for queue in self._queues:
             queue.clear()
@@ -107,15 +99,10 @@ class StepAssembler:
         return [transition.info for transition in rest], np.array([transition.done for transition in rest], dtype=bool)
 
 
-def _with_rows(obs: Obs, rows: list[tuple[int, int, Obs]]) -> Obs:
+def _with_rows(obs: Any, rows: list[tuple[int, int, Any]]) -> Any:
     """A copy of ``obs`` with new rows; each is (its index, its column in the observations given, those observations)."""
     if isinstance(obs, dict):
-        parts = {key: [(i, column, new[key]) for i, column, new in rows if isinstance(new, dict)] for key in obs}
-        return {key: _with_array_rows(value, parts[key]) for key, value in obs.items()}
-    return _with_array_rows(obs, [(i, column, new) for i, column, new in rows if not isinstance(new, dict)])
-
-
-def _with_array_rows(obs: npt.NDArray[Any], rows: list[tuple[int, int, npt.NDArray[Any]]]) -> npt.NDArray[Any]:
+        return {key: _with_rows(part, [(i, column, new[key]) for i, column, new in rows]) for key, part in obs.items()}
     obs = obs.copy()
     for index, column, new in rows:
         obs[index] = new[column]

@@ -34,13 +34,8 @@ TURN_SECONDS = 1e-4
 
 def run_worker(channel: WorkerChannel, store: ParameterStore, share: EnvShare, n_tickets: int, config: bytes) -> None:
     """
-    Body of a worker process.
-
-    :param channel: the line to the main process
-    :param store: the shared parameters
-    :param share: the worker's environments
-    :param n_tickets: rollouts that may be reported before the first of them is consumed
-    :param config: a pickled :class:`WorkerConfig`
+    Body of a worker process, which may report ``n_tickets`` rollouts before the first of them is consumed. ``config`` is a
+    pickled :class:`WorkerConfig`.
     """
     th.set_num_threads(1)  # there are as many learners as cores: more threads would only compete
     keep_freed_memory()

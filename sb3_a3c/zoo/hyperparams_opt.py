@@ -8,13 +8,8 @@ from rl_zoo3.hyperparams_opt import convert_onpolicy_params
 
 def sample_a3c_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
-    Sampler for A3C hyperparams. Those that are not sampled stay as in the file; ``policy_kwargs`` are replaced.
-
-    :param trial: an Optuna trial; its user attribute "recurrent" says whether the policy has an LSTM of this package
-    :param n_actions: not used
-    :param n_envs: number of environments, the upper limit of ``envs_per_update``
-    :param additional_args: not used
-    :return: keyword arguments for A3C
+    Sampler for A3C hyperparams, in RL Zoo's convention. Those that are not sampled stay as in the file; ``policy_kwargs``
+    are replaced. The trial's user attribute "recurrent" says whether the policy has an LSTM of this package.
     """
     trial.suggest_int("n_steps_pow", 2, 7)
     trial.suggest_int("envs_per_update_pow", 0, max(n_envs.bit_length() - 1, 0))

@@ -264,6 +264,23 @@ def test_workers_take_turns_in_their_order(make_store: MakeStore) -> None:
     assert [replicas[0].is_my_turn(), replicas[2].is_my_turn()] == [True, False]
 
 
+def test_the_successor_of_a_worker_that_had_left_takes_turns_again(make_store: MakeStore) -> None:
+    policy = make_policy()
+    store = make_store(policy, n_workers=2)
+    first, second = (store.replica(copied(policy), worker) for worker in range(2))
+    for replica in (first, second, first):
+        replica.end_turn()
+    second.leave_turns()
+    store.release(1, 0)  # it has died after that
+    assert [first.is_my_turn(), second.is_my_turn()] == [True, False]
+    first.end_turn()
+    assert [first.is_my_turn(), second.is_my_turn()] == [False, True]
+    first.leave_turns()
+    second.leave_turns()
+    store.release(1, 0)
+    assert second.is_my_turn()
+
+
 def test_parameters_moments_and_buffers_are_replaced_while_workers_run(make_store: MakeStore) -> None:
     policy = make_policy()
     store = make_store(policy, n_workers=1)

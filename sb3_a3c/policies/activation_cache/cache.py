@@ -31,12 +31,8 @@ class ChunkCache(NamedTuple):
 
 class ActivationCache:
     """
-    The cache of a rollout. All weights must stay the same between recording and the backward pass.
-
-    :param cnn: the convolutions before the LSTM, or None
-    :param lstm: the LSTM
-    :param n_steps: number of steps of the rollout
-    :param chunks: environments that are replayed together; the chunks cover all environments in order
+    The cache of a rollout. All weights must stay the same between recording and the backward pass. The environments of a
+    chunk are replayed together; the chunks cover all environments in order.
     """
 
     def __init__(self, cnn: BabyCNN | None, lstm: nn.LSTM, n_steps: int, chunks: Sequence[slice]) -> None:

@@ -12,11 +12,8 @@ from sb3_a3c.policies.torch_layers import IMAGES_AT_ONCE, BabyCNN
 
 class ConvolutionCache:
     """
-    The activations of a rollout's images, recorded while acting and replayed once while learning.
-
-    :param cnn: the convolutions; their weights must stay the same between recording and the backward pass
-    :param n_steps: number of batches that will be recorded
-    :param n_envs: number of images in a batch
+    The activations of a rollout's images, recorded while acting, in ``n_steps`` batches of ``n_envs`` images, and replayed
+    once while learning. Weights must stay the same between recording and the backward pass.
     """
 
     def __init__(self, cnn: BabyCNN, n_steps: int, n_envs: int) -> None:

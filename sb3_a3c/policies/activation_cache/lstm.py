@@ -17,11 +17,8 @@ from sb3_a3c.policies.torch_layers import LstmState
 
 class LstmCache:
     """
-    The activations of an LSTM over a rollout, recorded while acting and replayed once for each environment.
-
-    :param lstm: a standard one; its weights must stay the same between recording and the backward pass
-    :param n_steps: number of steps that will be recorded
-    :param n_envs: number of environments
+    The activations of a standard LSTM over a rollout, recorded while acting and replayed once for each environment. Weights
+    must stay the same between recording and the backward pass.
     """
 
     def __init__(self, lstm: nn.LSTM, n_steps: int, n_envs: int) -> None:
@@ -36,12 +33,8 @@ class LstmCache:
 
     def record(self, features: th.Tensor, state: LstmState, episode_starts: th.Tensor) -> tuple[th.Tensor, LstmState]:
         """
-        One step, without gradient.
-
-        :param features: (n_envs, features_dim)
-        :param state: state before the step
-        :param episode_starts: (n_envs,), bool; where True the state is zeroed first
-        :return: outputs (n_envs, lstm_hidden_size), and the state after the step
+        One step, without gradient: from features (n_envs, features_dim) and the state, which is zeroed first where
+        ``episode_starts`` (n_envs,) is True, to outputs (n_envs, lstm_hidden_size) and the next state.
         """
         assert not th.is_grad_enabled()
         hidden, cell = [], []
@@ -59,10 +52,8 @@ class LstmCache:
 
     def replay(self, features: th.Tensor | None, envs: slice) -> th.Tensor:
         """
-        Outputs of some environments, (n_recorded * n, lstm_hidden_size), with gradient.
-
-        :param features: the recorded features, (n_recorded * n, features_dim), if their gradient is needed
-        :param envs: the n environments
+        Outputs of n environments, (n_recorded * n, lstm_hidden_size), with gradient; ``features`` are the recorded ones,
+        (n_recorded * n, features_dim), if their gradient is needed.
         """
         x: Any = features
         for layer in self.layers:
