@@ -34,6 +34,7 @@ class Assignment:
     :param seed: every seed is derived from it
     :param env_seeds: seeds that the environments begin with; None where one is to be derived
     :param env_options: options that the environments begin with
+    :param report_obs: whether a callback can see observations
     :raises ValueError: if the environments can't be sent to other processes
     """
 
@@ -46,6 +47,7 @@ class Assignment:
         seed: int,
         env_seeds: Sequence[int | None],
         env_options: Sequence[dict[str, Any]],
+        report_obs: bool = True,
     ) -> None:
         self.env, self.hyperparams, self._seed = env, hyperparams, seed
         n_envs = env.num_envs
@@ -58,7 +60,7 @@ class Assignment:
         self.worker_of = {index: worker for worker, indices in enumerate(self.env_indices) for index in indices}
         pickled_policy = cloudpickle.dumps(policy)
         self.configs = [
-            WorkerConfig(worker, derived[n_envs + worker], indices, pickled_policy, hyperparams)
+            WorkerConfig(worker, derived[n_envs + worker], indices, pickled_policy, hyperparams, report_obs)
             for worker, indices in enumerate(self.env_indices)
         ]
 
