@@ -18,7 +18,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import update_learning_rate
+from stable_baselines3.common.utils import obs_as_tensor, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.actor_learner.config import Hyperparams
@@ -26,11 +26,13 @@ from sb3_a3c.arguments import check_arguments, check_device, check_observation_s
 from sb3_a3c.envs.sharding import clone_env
 from sb3_a3c.envs.wrapper_state import pending_options, pending_seeds, unobserved
 from sb3_a3c.policies import CnnLstmPolicy, CnnPolicy, MlpLstmPolicy, MlpPolicy, MultiInputLstmPolicy, MultiInputPolicy
+from sb3_a3c.policies.sampling import to_env_actions
 from sb3_a3c.processes.signals import uninterrupted
 from sb3_a3c.save_util import atomic_write, check_archive
 from sb3_a3c.store.finite import check_finite
 from sb3_a3c.store.optimizer_state import check_optimizer
 from sb3_a3c.workers.assignment import Assignment
+from sb3_a3c.workers.callback_locals import can_see_observations, install
 from sb3_a3c.workers.collector import HogwildCollector
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
@@ -261,17 +263,21 @@ class A3C(OnPolicyAlgorithm):
         # the last rollouts overshoot the goal: schedules end at 0, for the workers and for the logger
         self._current_progress_remaining = max(0.0, self._current_progress_remaining)
 
-    def _start_workers(self, env: VecEnv) -> HogwildCollector:
-        assert self._last_obs is not None
+    def _start_workers(self, env: VecEnv, callback: BaseCallback) -> HogwildCollector:
         check_arguments(vars(self))  # a callback may have changed them at the start of training
         self._n_updates_at_start = self._n_updates
         assignment = Assignment(
-            env, self.policy, self._hyperparams(), self.n_workers, self._base_seed, *self._pending_resets
+            env,
+            self.policy,
+            self._hyperparams(),
+            self.n_workers,
+            self._base_seed,
+            *self._pending_resets,
+            report_obs=can_see_observations(callback),
         )
         return HogwildCollector(
             assignment,
             self.policy,
-            self._last_obs,
             steps_before=self.num_timesteps,
             total_steps=self._total_timesteps,
             start_method=self.start_method,
@@ -314,11 +320,17 @@ class A3C(OnPolicyAlgorithm):
         Pass the workers' transitions to the callback, until each environment has made ``n_rollout_steps`` steps on average.
         The workers learn meanwhile; the last call in ``learn`` waits for their last rollouts. ``rollout_buffer`` is unused.
 
+        Callbacks find A2C's locals: ``rewards``, ``dones``, ``infos``, ``actions``, ``clipped_actions``, ``values``,
+        ``obs_tensor``, ``new_obs``, ``n_steps``, … Row i of each belongs to the same transition, ``infos[i]["env_index"]``
+        says of which environment. ``log_probs`` and ``rollout_buffer`` do not exist.
+
         :return: False if callback terminated the training prematurely.
         """
+        del rollout_buffer  # None, and not to be found among the callbacks' locals
         if self._collector is None:
+            install(callback)
             with uninterrupted():  # once workers run, `learn` must be able to stop them
-                self._collector = self._start_workers(env)
+                self._collector = self._start_workers(env, callback)
         callback.on_rollout_start()
         n_steps, is_over = 0, False
         while n_steps < n_rollout_steps or self.num_timesteps >= self._total_timesteps:
@@ -327,8 +339,13 @@ class A3C(OnPolicyAlgorithm):
                 self._take_over(self._collector)
                 break
             with uninterrupted():  # a step that was taken is counted
-                rewards, dones, infos, actions, new_obs = self._collector.take_step()
+                step = self._collector.take_step()
                 self.num_timesteps += env.num_envs
+            rewards, dones, infos, actions = step.rewards, step.dones, step.infos, step.actions
+            clipped_actions = to_env_actions(self.policy, actions)
+            values = th.as_tensor(step.values)[:, None]  # (n_envs,) -> (n_envs, 1), as in A2C
+            if step.obs is not None:
+                obs_tensor, new_obs = obs_as_tensor(step.obs, self.device), step.new_obs
             callback.update_locals(locals())
             should_continue = callback.on_step()
             self._update_info_buffer(infos, dones)

@@ -62,7 +62,9 @@ class ActorLearner:
             dones=rollout.dones,
             actions=rollout.actions.numpy(),
             infos=rollout.infos,
-            last_obs=rollout.last_obs,
+            values=rollout.values,
+            obs=rollout.obs if self.config.report_obs else None,
+            last_obs=rollout.last_obs if self.config.report_obs else None,
             statistics=self._statistics,
         )
 

@@ -32,3 +32,4 @@ class WorkerConfig:
     env_indices: tuple[int, ...]  #: which of the user's environments are this worker's
     policy: bytes  #: pickled
     hyperparams: Hyperparams
+    report_obs: bool  #: whether a callback can see observations

@@ -61,7 +61,9 @@ class Report:
     dones: npt.NDArray[np.bool_]  #: (T, N)
     actions: npt.NDArray[Any]  #: (T, N, …), as the policy chose them
     infos: list[list[dict[str, Any]]]  #: T lists of N
-    last_obs: Obs  #: (N, …), the observations after the last step
+    values: npt.NDArray[np.floating]  #: (T, N), V of the states acted in
+    obs: Obs | None  #: (T, N, …), the observations acted on; None if no callback can see them
+    last_obs: Obs | None  #: (N, …), those after the last step; likewise
     statistics: RolloutStatistics
 
 

@@ -19,6 +19,7 @@ from sb3_a3c.envs.wrapper_state import wrappers
 #: Moments since the last report, one for each running statistic of a stack of wrappers, ordered as :func:`_statistics`.
 Deltas = list[RunningMeanStd]
 
+_RAW = ("get_original_obs", "get_original_reward")
 _OPTIONS = ("training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon")
 
 
@@ -47,6 +48,30 @@ def set_options(env: VecEnv, values: Sequence[dict[str, Any]]) -> None:
     """Set what :func:`options` returned for a stack of the same wrappers."""
     for normalizer, value in zip(_normalizers(env), values, strict=True):
         vars(normalizer).update(value)
+
+
+def refuse_raw_values(env: VecEnv) -> None:
+    """
+    While workers run, let ``get_original_obs`` and ``get_original_reward`` of each ``VecNormalize`` around ``env`` raise:
+    they are those of the last step of these environments, not of the step that a callback sees.
+    """
+    for normalizer in _normalizers(env):
+        for name in _RAW:
+            setattr(normalizer, name, _refuse_raw)
+
+
+def allow_raw_values(env: VecEnv) -> None:
+    """Undo :func:`refuse_raw_values`."""
+    for normalizer in _normalizers(env):
+        for name in _RAW:
+            vars(normalizer).pop(name, None)
+
+
+def _refuse_raw() -> Any:
+    raise RuntimeError(
+        "While A3C learns, this VecNormalize does not have the raw values of the step that a callback sees. Let the "
+        "environment put them into its `info`; `env.unnormalize_reward(self.locals['rewards'])` comes close."
+    )
 
 
 def record_deltas(env: VecEnv) -> None:

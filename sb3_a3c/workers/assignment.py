@@ -29,6 +29,7 @@ class Assignment:
     :param n_workers: number of processes; 0 for one worker in this process; None for one for each core, or for this process,
         with a warning, if the environments can't be sent to others
     :param env_seeds: seeds that the environments begin with; None where one is to be derived
+    :param report_obs: whether a callback can see observations
     :raises ValueError: if the environments can't be sent to other processes
     """
 
@@ -41,6 +42,7 @@ class Assignment:
         seed: int,
         env_seeds: Sequence[int | None],
         env_options: Sequence[dict[str, Any]],
+        report_obs: bool = True,
     ) -> None:
         self.env, self.hyperparams, self._seed = env, hyperparams, seed
         n_envs = env.num_envs
@@ -54,7 +56,7 @@ class Assignment:
         self.worker_of = {index: worker for worker, indices in enumerate(self.env_indices) for index in indices}
         pickled_policy = cloudpickle.dumps(policy)
         self.configs = [
-            WorkerConfig(worker, derived[n_envs + worker], indices, pickled_policy, hyperparams)
+            WorkerConfig(worker, derived[n_envs + worker], indices, pickled_policy, hyperparams, report_obs)
             for worker, indices in enumerate(self.env_indices)
         ]
 

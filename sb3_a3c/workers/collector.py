@@ -22,8 +22,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecVideoRecorder
 
 from sb3_a3c.actor_learner.config import Hyperparams
 from sb3_a3c.actor_learner.report import RolloutStatistics
-from sb3_a3c.envs.normalize import StatisticsMerger, options
-from sb3_a3c.envs.observations import Obs
+from sb3_a3c.envs.normalize import StatisticsMerger, allow_raw_values, options, refuse_raw_values
 from sb3_a3c.envs.subproc import take_back
 from sb3_a3c.envs.wrapper_state import WrapperCounts, begin_episodes, continue_from, finish_videos, wrappers
 from sb3_a3c.errors import WorkerDiedError
@@ -66,7 +65,6 @@ class HogwildCollector:
     then calls to ``env`` reach the workers' environments.
 
     :param policy: the policy to start from, optimizer included; it stays private to this process
-    :param first_obs: (n_envs, …), observations to show until the first reports come
     :param steps_before: transitions made in earlier calls of ``learn``
     :param total_steps: goal, ``steps_before`` included
     """
@@ -75,7 +73,6 @@ class HogwildCollector:
         self,
         assignment: Assignment,
         policy: ActorCriticPolicy,
-        first_obs: Obs,
         steps_before: int,
         total_steps: int,
         start_method: str | None = None,
@@ -89,7 +86,7 @@ class HogwildCollector:
         has_processes = bool(assignment.shares)
         self.store: ParameterStore = SharedMemoryStore(policy, self._n_workers, total_steps, steps_before, has_processes)
         self.statistics = TrainingStatistics()
-        self._assembler = StepAssembler(first_obs, env.num_envs, MAX_ROLLOUTS_WAITING)
+        self._assembler = StepAssembler(env.num_envs, MAX_ROLLOUTS_WAITING)
         self._normalize = StatisticsMerger(env, self._n_workers)
         self._statistics_of: list[deque[RolloutStatistics]] = [deque() for _ in range(self._n_workers)]  # not consumed yet
         self._n_reported = [0] * self._n_workers  # transitions
@@ -99,6 +96,7 @@ class HogwildCollector:
         self.n_restarts = 0
         self._is_ending = False
         self._env_proxy: EnvProxy | None = None
+        refuse_raw_values(env)
         self._n_threads = th.get_num_threads()
         self._workers: Workers
         if has_processes:
@@ -169,6 +167,7 @@ class HogwildCollector:
     def stop(self, hurry: threading.Event) -> None:
         """End the workers, at once if ``hurry`` is set, and free what they used. Store and leftovers stay readable."""
         self._is_ending = True
+        allow_raw_values(self._env)
         if self._env_proxy is not None:
             self._env_proxy.remove()
             th.set_num_threads(self._n_threads)

@@ -7,26 +7,41 @@ import numpy as np
 import numpy.typing as npt
 
 from sb3_a3c.actor_learner.report import Report
-from sb3_a3c.envs.observations import Obs
+from sb3_a3c.envs.observations import Obs, stacked
 
 
 class Step(NamedTuple):
-    """One step of ``n_envs`` environments, in the terms of ``VecEnv.step``."""
+    """
+    One step of ``n_envs`` environments, in the terms of A2C's ``collect_rollouts``. Row i of each is the same transition.
+    """
 
     rewards: npt.NDArray[np.float32]  #: (n_envs,)
     dones: npt.NDArray[np.bool_]  #: (n_envs,)
     infos: list[dict[str, Any]]  #: n_envs; ``env_index`` says whose transition it is
     actions: npt.NDArray[Any]  #: (n_envs, …)
-    new_obs: Obs  #: (n_envs, …), each row the newest known; exact at the last step of a rollout
+    values: npt.NDArray[np.floating]  #: (n_envs,), V of the states acted in
+    obs: Obs | None  #: (n_envs, …), acted on; None if the reports have none
+    new_obs: Obs | None  #: (n_envs, …), after the step; likewise
 
 
 class _Transition(NamedTuple):
-    env_index: int
-    reward: float
-    done: bool
-    info: dict[str, Any]
-    action: npt.NDArray[Any]
-    rollout_end: tuple[int, Obs] | None  #: at a rollout's last step: where this environment's observation is
+    """Step t of the environment in a column of a report."""
+
+    report: Report
+    t: int
+    column: int
+
+    @property
+    def env_index(self) -> int:
+        return self.report.env_indices[self.column]
+
+    @property
+    def ends_rollout(self) -> bool:
+        return self.t == len(self.report.rewards) - 1
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return {**self.report.infos[self.t][self.column], "env_index": self.env_index}
 
 
 class StepAssembler:
@@ -37,29 +52,21 @@ class StepAssembler:
     transitions also fill the rows of those that lag, so that no worker waits for another. The transitions of one environment
     stay in order of time.
 
-    :param first_obs: (n_envs, …), the observations before the first step
     :param max_rollouts: of one environment, that may wait for the others, one that is begun included
     """
 
-    def __init__(self, first_obs: Obs, n_envs: int, max_rollouts: int) -> None:
+    def __init__(self, n_envs: int, max_rollouts: int) -> None:
         self.n_envs = n_envs
         self.max_rollouts = max_rollouts
         self._queues: list[deque[_Transition]] = [deque() for _ in range(n_envs)]
         self._n_rollouts = [0] * n_envs  # in each queue
-        self._new_obs = first_obs
         self._used_up: list[int] = []
 
     def add(self, report: Report) -> None:
         """Add the next rollout of a worker's environments."""
-        n_steps = len(report.rewards)
         for column, env_index in enumerate(report.env_indices):
-            queue = self._queues[env_index]
             self._n_rollouts[env_index] += 1
-            rewards, dones = report.rewards[:, column].tolist(), report.dones[:, column].tolist()
-            for t in range(n_steps):
-                info = {**report.infos[t][column], "env_index": env_index}
-                end = (column, report.last_obs) if t == n_steps - 1 else None
-                queue.append(_Transition(env_index, rewards[t], dones[t], info, report.actions[t, column], end))
+            self._queues[env_index].extend(_Transition(report, t, column) for t in range(len(report.rewards)))
 
     def has_step(self, flush: bool = False) -> bool:
         """Whether there is a next step. ``flush`` if no more reports will come: then any ``n_envs`` transitions make one."""
@@ -71,18 +78,18 @@ class StepAssembler:
     def take_step(self) -> Step:
         """Return the next step, after :meth:`has_step` has returned True."""
         row = [(queue or max(self._queues, key=len)).popleft() for queue in self._queues]
-        ends = [(t.env_index, *t.rollout_end) for t in row if t.rollout_end is not None]
-        if ends:
-            self._new_obs = _with_rows(self._new_obs, ends)
-        for env_index, *_ in ends:
-            self._n_rollouts[env_index] -= 1
-            self._used_up.append(env_index)
+        for transition in row:
+            if transition.ends_rollout:
+                self._n_rollouts[transition.env_index] -= 1
+                self._used_up.append(transition.env_index)
         return Step(
-            rewards=np.array([transition.reward for transition in row], dtype=np.float32),
-            dones=np.array([transition.done for transition in row], dtype=bool),
+            rewards=np.array([report.rewards[t, column] for report, t, column in row], dtype=np.float32),
+            dones=np.array([report.dones[t, column] for report, t, column in row], dtype=bool),
             infos=[transition.info for transition in row],
-            actions=np.stack([transition.action for transition in row]),
-            new_obs=self._new_obs,
+            actions=np.stack([report.actions[t, column] for report, t, column in row]),
+            values=np.array([report.values[t, column] for report, t, column in row]),
+            obs=_stacked([_row(report.obs, t, column) for report, t, column in row]),
+            new_obs=_stacked([_new_obs(transition) for transition in row]),
         )
 
     def take_used_up(self) -> list[int]:
@@ -96,14 +103,19 @@ class StepAssembler:
         for queue in self._queues:
             queue.clear()
         self._n_rollouts = [0] * self.n_envs
-        return [transition.info for transition in rest], np.array([transition.done for transition in rest], dtype=bool)
+        return [each.info for each in rest], np.array([each.report.dones[each.t, each.column] for each in rest], dtype=bool)
 
 
-def _with_rows(obs: Any, rows: list[tuple[int, int, Any]]) -> Any:
-    """A copy of ``obs`` with new rows; each is (its index, its column in the observations given, those observations)."""
+def _new_obs(transition: _Transition) -> Any:
+    report, t, column = transition
+    return _row(report.last_obs, column) if transition.ends_rollout else _row(report.obs, t + 1, column)
+
+
+def _row(obs: Obs | None, *indices: int) -> Any:
     if isinstance(obs, dict):
-        return {key: _with_rows(part, [(i, column, new[key]) for i, column, new in rows]) for key, part in obs.items()}
-    obs = obs.copy()
-    for index, column, new in rows:
-        obs[index] = new[column]
-    return obs
+        return {key: part[indices] for key, part in obs.items()}
+    return None if obs is None else obs[indices]
+
+
+def _stacked(rows: list[Any]) -> Obs | None:
+    return None if rows[0] is None else stacked(rows)

@@ -3,6 +3,7 @@ From workers' reports to steps. The info of every transition has its environment
 computed from these two, so that a mix-up shows.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,10 @@ from sb3_a3c.workers.step_assembler import Step, StepAssembler
 
 def reward_of(env: int, time: int) -> int:
     return 1000 * env + time
+
+
+def value_of(env: int, time: int) -> float:
+    return env + time / 1024
 
 
 def action_of(env: int, time: int) -> list[int]:
@@ -39,6 +44,7 @@ def as_dict(obs: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[Any]]:
 def report(envs: Sequence[int], begin: int, n_steps: int, dictionary: bool = False) -> Report:
     """The report of a worker with these environments on steps begin, …, begin + n_steps - 1."""
     times = range(begin, begin + n_steps)
+    obs = np.array([[obs_after(env, t - 1) for env in envs] for t in times])
     last_obs = np.stack([obs_after(env, begin + n_steps - 1) for env in envs])
     return Report(
         env_indices=tuple(envs),
@@ -46,14 +52,11 @@ def report(envs: Sequence[int], begin: int, n_steps: int, dictionary: bool = Fal
         dones=np.array([[is_done(env, t) for env in envs] for t in times]),
         actions=np.array([[action_of(env, t) for env in envs] for t in times]),
         infos=[[{"env": env, "time": t} for env in envs] for t in times],
+        values=np.array([[value_of(env, t) for env in envs] for t in times], dtype=np.float32),
+        obs=as_dict(obs) if dictionary else obs,
         last_obs=as_dict(last_obs) if dictionary else last_obs,
         statistics=RolloutStatistics(),
     )
-
-
-def assembler(n_envs: int, max_rollouts: int, dictionary: bool = False) -> StepAssembler:
-    first_obs = np.stack([obs_after(env, -1) for env in range(n_envs)])
-    return StepAssembler(as_dict(first_obs) if dictionary else first_obs, n_envs, max_rollouts)
 
 
 def rows(step: Step | None) -> list[tuple[int, int]]:
@@ -66,6 +69,9 @@ def rows(step: Step | None) -> list[tuple[int, int]]:
     assert step.rewards.tolist() == [reward_of(*row) for row in found]
     assert step.dones.tolist() == [is_done(*row) for row in found]
     assert step.actions.tolist() == [action_of(*row) for row in found]
+    assert step.values.tolist() == [value_of(*row) for row in found]
+    assert_obs(step.obs, [obs_after(env, time - 1) for env, time in found])
+    assert_obs(step.new_obs, [obs_after(env, time) for env, time in found])
     return found
 
 
@@ -77,7 +83,7 @@ def all_steps(steps: StepAssembler, flush: bool = False) -> list[list[tuple[int,
 
 
 def test_rows_are_the_environments_in_order_while_workers_keep_pace() -> None:
-    steps = assembler(n_envs=2, max_rollouts=2)
+    steps = StepAssembler(n_envs=2, max_rollouts=2)
     assert not steps.has_step()
     steps.add(report([0], 0, 2))
     assert not steps.has_step()
@@ -91,7 +97,7 @@ def test_rows_are_the_environments_in_order_while_workers_keep_pace() -> None:
 
 @pytest.mark.parametrize("workers", [[[0, 1, 2, 3, 4]], [[3, 4], [0, 1, 2]]])
 def test_workers_with_different_numbers_of_environments(workers: list[list[int]]) -> None:
-    steps = assembler(n_envs=5, max_rollouts=2)
+    steps = StepAssembler(n_envs=5, max_rollouts=2)
     for envs in workers:
         assert not steps.has_step()
         steps.add(report(envs, 0, 2))
@@ -99,7 +105,7 @@ def test_workers_with_different_numbers_of_environments(workers: list[list[int]]
 
 
 def test_a_fast_workers_transitions_fill_other_rows_only_at_the_largest_backlog() -> None:
-    steps = assembler(n_envs=2, max_rollouts=3)
+    steps = StepAssembler(n_envs=2, max_rollouts=3)
     steps.add(report([0], 0, 2))
     steps.add(report([0], 2, 1))
     assert not steps.has_step()
@@ -119,7 +125,7 @@ def test_a_fast_workers_transitions_fill_other_rows_only_at_the_largest_backlog(
 
 
 def test_only_rows_of_slow_environments_are_filled() -> None:
-    steps = assembler(n_envs=4, max_rollouts=1)
+    steps = StepAssembler(n_envs=4, max_rollouts=1)
     steps.add(report([1], 0, 1))
     steps.add(report([3], 0, 3))
     # environment 1 in its own row, and environment 3 in those of 0 and 2 and in its own
@@ -127,7 +133,7 @@ def test_only_rows_of_slow_environments_are_filled() -> None:
 
 
 def test_too_few_transitions_make_no_step() -> None:
-    steps = assembler(n_envs=4, max_rollouts=1)
+    steps = StepAssembler(n_envs=4, max_rollouts=1)
     steps.add(report([2], 0, 3))
     assert not steps.has_step()
     assert not steps.has_step(flush=True)
@@ -136,7 +142,7 @@ def test_too_few_transitions_make_no_step() -> None:
 
 
 def test_flush_makes_steps_of_all_transitions() -> None:
-    steps = assembler(n_envs=2, max_rollouts=100)
+    steps = StepAssembler(n_envs=2, max_rollouts=100)
     steps.add(report([0], 0, 5))
     steps.add(report([1], 0, 2))
     assert all_steps(steps) == [[(0, 0), (1, 0)], [(0, 1), (1, 1)]]
@@ -144,7 +150,7 @@ def test_flush_makes_steps_of_all_transitions() -> None:
 
 
 def test_leftovers_are_taken_out_once() -> None:
-    steps = assembler(n_envs=3, max_rollouts=100)
+    steps = StepAssembler(n_envs=3, max_rollouts=100)
     steps.add(report([0], 0, 3))
     steps.add(report([2], 0, 2))
     assert all_steps(steps, flush=True) == [[(0, 0), (0, 1), (2, 0)]]
@@ -163,7 +169,7 @@ def test_at_any_pace_no_transition_is_lost_doubled_or_out_of_order(seed: int) ->
     rng = np.random.default_rng(seed)
     workers, n_envs, n_steps, max_rollouts = ([0, 1, 2], [3, 4]), 5, 3, 2
     rollouts = [0, 0]
-    steps = assembler(n_envs, max_rollouts)
+    steps = StepAssembler(n_envs, max_rollouts)
     seen: list[tuple[int, int]] = []
     pace = rng.random()
     for _ in range(40):
@@ -187,8 +193,9 @@ def test_at_any_pace_no_transition_is_lost_doubled_or_out_of_order(seed: int) ->
         assert [time for other, time in seen + rest if other == env] == list(range(n_made))
 
 
-def assert_obs(obs: Obs, expected: Sequence[npt.NDArray[np.float32]]) -> None:
+def assert_obs(obs: Obs | None, expected: Sequence[npt.NDArray[np.float32]]) -> None:
     rows = np.stack(expected)
+    assert obs is not None
     if not isinstance(obs, dict):
         assert obs.dtype == rows.dtype
         np.testing.assert_array_equal(obs, rows)
@@ -201,48 +208,17 @@ def assert_obs(obs: Obs, expected: Sequence[npt.NDArray[np.float32]]) -> None:
 
 
 @pytest.mark.parametrize("dictionary", [False, True])
-def test_new_obs_is_exact_at_the_last_step_of_a_rollout(dictionary: bool) -> None:
-    steps = assembler(3, max_rollouts=4, dictionary=dictionary)
-    steps.add(report([1, 2], 0, 2, dictionary))  # rows 0 and 1 of the worker's observations
-    steps.add(report([0], 0, 4, dictionary))
-    shown = []
-    for _ in range(2):
-        step = steps.take_step()
-        assert step is not None
-        shown.append(step.new_obs)
-    steps.add(report([1, 2], 2, 2, dictionary))
-    while steps.has_step():
-        step = steps.take_step()
-        shown.append(step.new_obs)
-    start = [obs_after(env, -1) for env in range(3)]
-    # compared at the end: later steps must not change the arrays of earlier ones
-    assert len(shown) == 4
-    assert_obs(shown[0], start)
-    assert_obs(shown[1], [start[0], obs_after(1, 1), obs_after(2, 1)])
-    assert_obs(shown[2], [start[0], obs_after(1, 1), obs_after(2, 1)])
-    assert_obs(shown[3], [obs_after(env, 3) for env in range(3)])
+def test_observations_belong_to_their_rows_where_rows_are_filled(dictionary: bool) -> None:
+    steps = StepAssembler(2, max_rollouts=2)
+    for begin, n_steps in ((0, 1), (1, 1), (2, 2)):
+        steps.add(report([1], begin, n_steps, dictionary))
+    assert rows(steps.take_step()) == [(1, 0), (1, 1)]
+    assert rows(steps.take_step()) == [(1, 2), (1, 3)]
 
 
-@pytest.mark.parametrize("dictionary", [False, True])
-def test_new_obs_is_by_environment_where_rows_are_filled(dictionary: bool) -> None:
-    steps = assembler(2, max_rollouts=2, dictionary=dictionary)
-    steps.add(report([1], 0, 1, dictionary))
-    steps.add(report([1], 1, 1, dictionary))
-    steps.add(report([1], 2, 2, dictionary))
+def test_without_observations_in_the_reports_there_are_none() -> None:
+    steps = StepAssembler(2, max_rollouts=2)
+    steps.add(dataclasses.replace(report([0, 1], 0, 1), obs=None, last_obs=None))
     step = steps.take_step()
-    assert rows(step) == [(1, 0), (1, 1)]
-    assert step is not None
-    # row 0 has a transition of environment 1, but the observation of environment 0; the later of two rollouts counts
-    assert_obs(step.new_obs, [obs_after(0, -1), obs_after(1, 1)])
-
-
-def test_first_obs_and_last_obs_are_not_modified() -> None:
-    first_obs = np.stack([obs_after(0, -1), obs_after(1, -1)])
-    steps = StepAssembler(first_obs, 2, 2)
-    reports = report([0, 1], 0, 1), report([0, 1], 1, 1)
-    for one in reports:
-        steps.add(one)
-    assert len(all_steps(steps)) == 2
-    np.testing.assert_array_equal(first_obs, [[0, 0], [1, 0]])
-    np.testing.assert_array_equal(reports[0].last_obs, [[0, 1], [1, 1]])
-    np.testing.assert_array_equal(reports[1].last_obs, [[0, 2], [1, 2]])
+    assert step.obs is step.new_obs is None
+    assert step.rewards.tolist() == [reward_of(0, 0), reward_of(1, 0)]
