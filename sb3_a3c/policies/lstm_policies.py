@@ -82,6 +82,12 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         )
         return data
 
+    def make_features_extractor(self) -> BaseFeaturesExtractor:
+        """As SB3's, which tells ``NatureCNN`` that images are normalized already, but not other extractors."""
+        if not self.normalize_images and issubclass(self.features_extractor_class, BabyCNN):
+            self.features_extractor_kwargs = {**self.features_extractor_kwargs, "normalized_image": True}
+        return super().make_features_extractor()
+
     def _build_mlp_extractor(self) -> None:
         # SB3 calls this after building the features extractor, before the heads and the optimizer
         self.lstm = nn.LSTM(int(self.features_dim), self.lstm_hidden_size, self.n_lstm_layers, **self.lstm_kwargs)

@@ -16,6 +16,36 @@ from sb3_a3c.policies.overrides import is_unmodified
 IMAGES_AT_ONCE = 40
 
 
+#: Pixels that ``NatureCNN`` needs at least in height and width.
+NATURE_CNN_SIZE = 36
+
+
+def _check_image_space(space: spaces.Space[Any], normalized_image: bool) -> None:
+    """Raise what ``NatureCNN`` raises; not by ``assert``, without which heights would be taken for channels."""
+    if not is_image_space(space, check_channels=False, normalized_image=normalized_image):
+        raise AssertionError(
+            f"You should use BabyCNN only with images not with {space}\n"
+            "(you are probably using `CnnLstmPolicy` instead of `MlpLstmPolicy` or `MultiInputLstmPolicy`)\n"
+            "If you are using a custom environment,\n"
+            "please check it using our env checker:\n"
+            "https://stable-baselines3.readthedocs.io/en/master/common/env_checker.html.\n"
+            "If you are using `VecNormalize` or already normalized channel-first images "
+            "you should pass `normalize_images=False`: \n"
+            "https://stable-baselines3.readthedocs.io/en/master/guide/custom_env.html\n"
+            "(With SB3's feed-forward policies, BabyCNN also needs `features_extractor_kwargs=dict(normalized_image=True)`.)"
+        )
+    assert space.shape is not None
+    n_channels, height, width = space.shape
+    # `NatureCNN` fails for any small image. BabyCNN can read these, but not if it may be that they are not channels-first.
+    if min(height, width) < min(n_channels, NATURE_CNN_SIZE):
+        raise AssertionError(
+            f"BabyCNN needs channels-first images (n_channels, height, width), but {space} would have {n_channels} channels "
+            f"of {height}x{width} pixels.\nSB3 re-orders channels-last images of uint8 with values in [0, 255] by itself. "
+            "Under `VecNormalize`, use `VecNormalize(VecTransposeImage(env))`; for other images a wrapper of the "
+            "environment, such as `gymnasium.wrappers.TransformObservation`."
+        )
+
+
 class BabyCNN(BaseFeaturesExtractor):
     """
     The convolutions of baby-a3c (Greydanus 2017): four layers of 32 filters, 3x3, stride 2, padding 1, each followed by
@@ -24,17 +54,19 @@ class BabyCNN(BaseFeaturesExtractor):
     :param observation_space: a channels-first image space, (n_channels, height, width)
     :param dtype: precision in which the layers compute; weights, their gradients and the features stay float32.
         ``th.bfloat16`` is faster on processors that have instructions for it
-    :raises ValueError: if the space is not an image, or the layers can't compute in that precision
+    :param normalized_image: Whether to assume that the image is already normalized or not, as in SB3's ``NatureCNN``: when
+        True, the space must only be a Box of 3 dimensions; otherwise of uint8, with values in [0, 255]. A3C's own policies
+        set it for ``normalize_images=False``
+    :raises AssertionError: where ``NatureCNN`` raises, but for channels-first images of fewer than 36 pixels
+    :raises ValueError: if the layers can't compute in that precision
     """
 
-    def __init__(self, observation_space: spaces.Space[Any], dtype: th.dtype = th.float32) -> None:
+    def __init__(
+        self, observation_space: spaces.Space[Any], dtype: th.dtype = th.float32, normalized_image: bool = False
+    ) -> None:
         if dtype not in (th.float32, th.bfloat16):
             raise ValueError(f"BabyCNN can't compute in {dtype}. Use th.float32 or th.bfloat16.")
-        if not is_image_space(observation_space, check_channels=False, normalized_image=True):
-            raise ValueError(
-                f"BabyCNN needs images (a Box of 3 dimensions), not {observation_space}. "
-                "Use `MlpLstmPolicy` for vectors and `MultiInputLstmPolicy` for dictionaries."
-            )
+        _check_image_space(observation_space, normalized_image)
         assert observation_space.shape is not None
         n_channels, *size = observation_space.shape
         self.dtype = dtype

@@ -529,7 +529,7 @@ def test_squashed_policy_predicts_within_the_space_and_has_no_entropy() -> None:
     [
         ("mlp", {"n_lstm_layers": 2, "lstm_kwargs": {"dropout": 0.5}, "net_arch": {"pi": [8], "vf": [4]}}),
         ("mlp-box", {"use_sde": True, "squash_output": True, "activation_fn": th.nn.ReLU}),
-        ("cnn", {}),
+        ("cnn", {"normalize_images": False}),
         ("cnn", {"channels_last": False, "features_extractor_class": NatureCNN}),
         ("multi", {"optimizer_class": th.optim.RMSprop}),
     ],
