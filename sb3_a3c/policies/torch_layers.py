@@ -49,7 +49,7 @@ def _check_image_space(space: spaces.Space[Any], normalized_image: bool) -> None
 class BabyCNN(BaseFeaturesExtractor):
     """
     The convolutions of baby-a3c (Greydanus 2017): four layers of 32 filters, 3x3, stride 2, padding 1, each followed by
-    an ELU. An 84x84 image becomes 1152 features.
+    an ELU. An 84x84 image becomes 1152 features, or, with ``features_dim``, goes through one more layer of so many units.
 
     :param observation_space: a channels-first image space, (n_channels, height, width)
     :param dtype: precision in which the layers compute; weights, their gradients and the features stay float32.
@@ -57,12 +57,18 @@ class BabyCNN(BaseFeaturesExtractor):
     :param normalized_image: Whether to assume that the image is already normalized or not, as in SB3's ``NatureCNN``: when
         True, the space must only be a Box of 3 dimensions; otherwise of uint8, with values in [0, 255]. A3C's own policies
         set it for ``normalize_images=False``
+    :param features_dim: Number of features extracted, as in SB3's ``NatureCNN``: the number of units of a linear layer, with
+        an ELU, behind the convolutions. None: no such layer, as in baby-a3c
     :raises AssertionError: where ``NatureCNN`` raises, but for channels-first images of fewer than 36 pixels
     :raises ValueError: if the layers can't compute in that precision
     """
 
     def __init__(
-        self, observation_space: spaces.Space[Any], dtype: th.dtype = th.float32, normalized_image: bool = False
+        self,
+        observation_space: spaces.Space[Any],
+        dtype: th.dtype = th.float32,
+        normalized_image: bool = False,
+        features_dim: int | None = None,
     ) -> None:
         if dtype not in (th.float32, th.bfloat16):
             raise ValueError(f"BabyCNN can't compute in {dtype}. Use th.float32 or th.bfloat16.")
@@ -74,19 +80,27 @@ class BabyCNN(BaseFeaturesExtractor):
         for _ in range(4):
             size = [(length + 1) // 2 for length in size]
             self.shapes.append((32, *size))
-        super().__init__(observation_space, features_dim=32 * size[0] * size[1])
+        n_flatten = 32 * size[0] * size[1]
+        super().__init__(observation_space, n_flatten if features_dim is None else features_dim)
         layers: list[nn.Module] = []
         for in_channels in (n_channels, 32, 32, 32):
             layers += [nn.Conv2d(in_channels, 32, kernel_size=3, stride=2, padding=1), nn.ELU(inplace=True)]
         self.cnn = nn.Sequential(*layers, nn.Flatten())
-        self._original_layers = repr(self.cnn)
+        #: from the convolutions' output to the features
+        self.linear = nn.Sequential()
+        if features_dim is not None:
+            self.linear.extend([nn.Linear(n_flatten, features_dim), nn.ELU()])
+        self._original_layers = repr((self.cnn, self.linear))
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         # (batch, n_channels, height, width) -> (batch, features_dim)
         if self.dtype == th.float32:
-            return self._in_slices(observations)
-        with th.autocast("cpu", self.dtype):
-            return self._in_slices(observations).to(observations.dtype)
+            convolved = self._in_slices(observations)
+        else:
+            with th.autocast("cpu", self.dtype):
+                convolved = self._in_slices(observations).to(observations.dtype)
+        features: th.Tensor = self.linear(convolved)
+        return features
 
     def _in_slices(self, observations: th.Tensor) -> th.Tensor:
         parts = [self.cnn(images) for images in th.split(observations, IMAGES_AT_ONCE)]
@@ -101,8 +115,8 @@ class BabyCNN(BaseFeaturesExtractor):
     def is_original(self) -> bool:
         """True if the extractor and its layers are as the constructor made them, without hooks or parametrizations."""
         # layers that share their weights have fewer parameters
-        same_layers = repr(self.cnn) == self._original_layers and len(list(self.cnn.parameters())) == 8
-        return is_unmodified(self, BabyCNN) and same_layers and all(is_unmodified(m, type(m)) for m in self.cnn.modules())
+        same_layers = repr((self.cnn, self.linear)) == self._original_layers and len(list(self.cnn.parameters())) == 8
+        return is_unmodified(self, BabyCNN) and same_layers and all(is_unmodified(m, type(m)) for m in self.modules())
 
 
 #: Hidden and cell state, each (n_lstm_layers, n_envs, lstm_hidden_size); empty for a policy without memory.

@@ -312,7 +312,8 @@ def test_images_that_a2c_refuses(space: spaces.Box, normalize_images: bool, wrap
 @pytest.mark.parametrize(("space", "normalize_images", "wrapper", "n_workers"), TAKEN_IMAGES)
 def test_images_that_a2c_takes(space: spaces.Box, normalize_images: bool, wrapper: Any, n_workers: int) -> None:
     channels = []
-    for cls, policy, kwargs in ((A2C, "CnnPolicy", {}), (A3C, "CnnLstmPolicy", {"n_workers": n_workers})):
+    algorithms: Any = ((A2C, "CnnPolicy", {}), (A3C, "CnnLstmPolicy", {"n_workers": n_workers}))
+    for cls, policy, kwargs in algorithms:
         env = recording(space) if wrapper is None else wrapper(recording(space))
         model = cls(policy, env, n_steps=5, policy_kwargs=dict(normalize_images=normalize_images), **kwargs).learn(20)
         channels.append(model.policy.features_extractor.cnn[0].in_channels)
