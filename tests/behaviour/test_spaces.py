@@ -462,6 +462,19 @@ def test_separate_extractors_of_actor_and_critic() -> None:
     assert model.policy.features_extractor is model.policy.pi_features_extractor
 
 
+@pytest.mark.parametrize(
+    ("policy", "space", "n_workers", "extractor"),
+    [("MlpLstmPolicy", VECTOR, 0, None), ("CnnLstmPolicy", IMAGE, 2, dict(features_dim=8))],
+)
+def test_critic_without_memory_learns(policy: str, space: spaces.Box, n_workers: int, extractor: Any) -> None:
+    policy_kwargs = dict(enable_critic_lstm=False, features_extractor_kwargs=extractor, **SMALL_LSTM)
+    model = A3C(policy, recording(space), n_steps=5, n_workers=n_workers, policy_kwargs=policy_kwargs)
+    before = copied(model)
+    assert_all_learned(model.learn(60), before)
+    assert {"critic.weight", "critic.bias"} <= before.keys()
+    assert ("features_extractor.linear.0.weight" in before) == (extractor is not None)
+
+
 # --- optimizers -------------------------------------------------------------------------------------------------------
 
 OPTIMIZERS: list[Any] = [

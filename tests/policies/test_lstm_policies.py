@@ -490,7 +490,7 @@ def test_critic_without_memory_is_sb3_contribs(kwargs: dict[str, Any]) -> None:
     found = policy.evaluate_actions(as_tensor(flat(obs)), actions.flatten(0, 1), state, STARTS)
     # sb3-contrib has the environments, not the steps, in the first dimension: (T, N, …) -> (N * T, …)
     by_env: Any = [part.swapaxes(0, 1).flatten(0, 1) for part in (as_tensor(obs), actions, starts)]
-    expected = theirs.evaluate_actions(by_env[0], by_env[1], RNNStates(state, state), by_env[2])  # type: ignore[arg-type]
+    expected = theirs.evaluate_actions(by_env[0], by_env[1], RNNStates(state, state), by_env[2])
     gradients = []
     for net, (values, log_prob, entropy) in ((policy, found), (theirs, expected)):
         assert entropy is not None
