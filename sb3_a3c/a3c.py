@@ -80,8 +80,9 @@ class A3C(OnPolicyAlgorithm):
     :param seed: Seed for the pseudo random generators
     :param device: "cpu" or "auto", which is the CPU too
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
-    :param n_workers: Number of worker processes; the environments are divided evenly among them. None: one for each core,
-        at most one for each environment. 0: train in this process, for debugging
+    :param n_workers: Number of worker processes; the environments are divided evenly among them. None: one for each core
+        that this process may use (affinity and CPU quota, rounded down), at most one for each environment. 0: train in this
+        process, for debugging
     :param envs_per_update: Number of environments in each chunk of a rollout; every chunk makes one update of the shared
         parameters. Small chunks mean many updates, large ones less time per step
     :param take_turns: Whether workers pull, act and push one after another, in a fixed order. Slow, but runs with the same

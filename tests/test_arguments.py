@@ -81,7 +81,6 @@ CONSTRUCTOR: list[Any] = [
     ("policy", ContribCnnLstmPolicy, 'sb3-contrib.*"CnnLstmPolicy"'),
     ("policy", "GruPolicy", "`policy` must be one of 'MlpPolicy', .* a subclass of ActorCriticPolicy, not 'GruPolicy'"),
     ("policy", 5, "`policy` must be one of .*, not 5"),
-    ("policy", "CnnLstmPolicy", "needs images.*Use `MlpLstmPolicy`"),
     ("policy_kwargs", {"optimizer_class": th.optim.LBFGS}, "LBFGS needs a closure.*Use an optimizer"),
     ("env", "CartPol-v1", "`env`: 'CartPol-v1' can't be made: NameNotFound: .*CartPole"),
     ("env", None, "`env` is None"),

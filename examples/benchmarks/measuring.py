@@ -1,6 +1,5 @@
 """What the benchmarks share: a clock, processes of their own, a line about the machine."""
 
-import os
 import platform
 import subprocess
 import sys
@@ -8,6 +7,8 @@ import time
 
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_a3c.processes.machine import n_cores
 
 
 class Clock(BaseCallback):
@@ -49,4 +50,4 @@ def in_a_process_of_its_own(script: str, *arguments: str) -> str:
 
 def machine() -> str:
     """:return: what the figures depend on"""
-    return f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {th.__version__}"
+    return f"{platform.processor() or platform.machine()}, {n_cores()} cores, torch {th.__version__}"

@@ -12,7 +12,6 @@ machine alone meanwhile.
 import argparse
 import functools
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from sb3_a3c import A3C
 from sb3_a3c.atari import make_ale_vec_env
 from sb3_a3c.policies.lstm_policies import CnnLstmPolicy
+from sb3_a3c.processes.machine import n_cores
 from sb3_a3c.workers.worker_main import keep_freed_memory
 
 gym.register_envs(ale_py)
@@ -94,7 +94,7 @@ def recurrent_ppo(env_id: str, seconds: float) -> Result:
 
 def classic(env_id: str, seconds: float, make_env: MakeEnv = make_atari_env) -> Result:
     """The loop of the first A3C programs, with one process for each core."""
-    return {"steps/s": classic_steps_per_second(env_id, len(os.sched_getaffinity(0)), seconds, make_env)}
+    return {"steps/s": classic_steps_per_second(env_id, n_cores(), seconds, make_env)}
 
 
 def lower_bound(env_id: str, seconds: float, make_env: MakeEnv = make_atari_env) -> Result:
@@ -120,7 +120,7 @@ def lower_bound(env_id: str, seconds: float, make_env: MakeEnv = make_atari_env)
         for way in ("all steps at once", "on a cache")
     }
     network = min(networks.values())
-    steps_per_second = len(os.sched_getaffinity(0)) * 1e6 / (emulator + network)
+    steps_per_second = n_cores() * 1e6 / (emulator + network)
     return {"steps/s": steps_per_second, "emulator": emulator, "network": network, **networks}
 
 
@@ -187,13 +187,12 @@ def report(game: str, results: dict[str, list[Result]]) -> None:
     for name, runs in results.items():
         single = ", ".join(f"{one['steps/s']:.0f}" for one in runs)
         print(f"| {name} | {rates[name]:.0f} | {single} | {rates[name] / reference:.2f} |")
-    n_cores = len(os.sched_getaffinity(0))
     print("\n| µs of a worker for each step | A3C | A3C, native | A3C, native, bfloat16 |\n|---|---|---|---|")
     columns = []
     for name in ("A3C", "A3C, native", "A3C, native, bfloat16"):
         parts = {key: value for key, value in medians[name].items() if key != "steps/s"}
         # the parts are of the whole run, the rate is without the warm-up: so this can come out below 0
-        columns.append({**parts, "reporting and waiting": 1e6 * n_cores / rates[name] - sum(parts.values())})
+        columns.append({**parts, "reporting and waiting": 1e6 * n_cores() / rates[name] - sum(parts.values())})
     for key in columns[0]:
         print(f"| {key} | " + " | ".join(f"{column[key]:.0f}" for column in columns) + " |")
     for suffix in ("", ", native"):

@@ -15,7 +15,7 @@ from sb3_a3c.a3c import A3C
 from sb3_a3c.doctor import checks
 from sb3_a3c.doctor.checks import Finding, Level, unknown
 from sb3_a3c.doctor.short_run import N_PUSHES, default_policy, gradient_mismatch, make_env, train
-from sb3_a3c.processes.machine import available_memory, cpu_quota, free_shared_memory, n_cores
+from sb3_a3c.processes.machine import affinity, available_memory, cpu_quota, free_shared_memory, n_cores
 from sb3_a3c.processes.start import process_context
 from sb3_a3c.store.shared_memory import SharedMemoryStore
 
@@ -54,7 +54,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "(Pong if Atari is installed, else CartPole)",
     )
     parser.add_argument("--n-envs", type=int, default=16, help="number of environments (default: %(default)s)")
-    parser.add_argument("--n-workers", type=int, help="as A3C's; default: one per core, at most one per environment")
+    parser.add_argument("--n-workers", type=int, help="as A3C's; default: one per usable core, at most one per environment")
     parser.add_argument("--policy", choices=sorted(A3C.policy_aliases), help="default: the LSTM policy for the observations")
     parser.add_argument("--start-method", choices=("forkserver", "spawn"), help="as A3C's; default: the platform's best")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for a rollout (default: 120)")
@@ -75,7 +75,7 @@ def findings(args: argparse.Namespace) -> Iterator[Finding]:
     """What each check finds, one after another. What needs something that does not work is not checked."""
     n_workers = min(n_cores(), args.n_envs) if args.n_workers is None else args.n_workers
     yield versions()
-    yield checks.check_cores(max(1, n_workers), n_cores(), cpu_quota())
+    yield checks.check_cores(max(1, n_workers), affinity(), cpu_quota())
     try:
         env = make_env(args.env, args.n_envs)
     except Exception as error:
@@ -132,6 +132,5 @@ def _findings_in(env: VecEnv, n_workers: int, args: argparse.Namespace) -> Itera
         method = process_context(args.start_method).get_start_method()
         yield checks.check_start(short.n_workers, method, short.start_seconds)
     yield checks.check_training(n_workers, short.n_workers, short.n_steps, short.n_updates, short.seconds)
-    usable_cores = max(1, int(min(n_cores(), cpu_quota() or n_cores())))
-    yield checks.check_threads(short.n_threads, max(1, short.n_workers), usable_cores)
+    yield checks.check_threads(short.n_threads, max(1, short.n_workers), n_cores())
     yield checks.check_memory(short.memory, available)

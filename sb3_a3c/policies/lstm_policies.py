@@ -41,9 +41,13 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     :param net_arch: layers between the LSTM and the heads; default: none, the heads are linear
     :param lstm_hidden_size: number of hidden units of each LSTM layer
     :param n_lstm_layers: number of LSTM layers
+    :param shared_lstm: True, the default unless ``enable_critic_lstm`` is given: one LSTM for actor and critic
+    :param enable_critic_lstm: False without ``shared_lstm=True``: the critic has no memory, but a linear layer of
+        ``lstm_hidden_size`` units in the place of the LSTM, as in sb3-contrib
     :param lstm_kwargs: further arguments for ``th.nn.LSTM`` (``dropout``, ``bias``)
     :param channels_last: keep convolution weights in ``th.channels_last``, which CPUs compute up to twice as fast
-    :raises ValueError: if ``lstm_kwargs`` asks for a bidirectional, batch-first or projected LSTM
+    :raises ValueError: if ``lstm_kwargs`` asks for a bidirectional, batch-first or projected LSTM, or other arguments for
+        an LSTM or a features extractor of the critic's own
     """
 
     #: The features extractor of this class unless another one is given.
@@ -58,6 +62,8 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         *args: Any,
         lstm_hidden_size: int = 256,
         n_lstm_layers: int = 1,
+        shared_lstm: bool | None = None,
+        enable_critic_lstm: bool | None = None,
         lstm_kwargs: dict[str, Any] | None = None,
         channels_last: bool = True,
         **kwargs: Any,
@@ -65,7 +71,19 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         self.channels_last = channels_last
         self.lstm_hidden_size = lstm_hidden_size
         self.n_lstm_layers = n_lstm_layers
+        self.shared_lstm, self.enable_critic_lstm = shared_lstm, enable_critic_lstm
         self.lstm_kwargs = lstm_kwargs or {}
+        if enable_critic_lstm or (shared_lstm is not None and not shared_lstm and enable_critic_lstm is None):
+            raise ValueError(
+                "`enable_critic_lstm=True`, which is RecurrentPPO's default without `shared_lstm=True`, is not possible: "
+                "A3C's critic has no LSTM of its own. Leave both out, or use `shared_lstm=True` alone, for one LSTM that "
+                "learns from actor and critic; or `enable_critic_lstm=False` alone for a critic without memory."
+            )
+        if not kwargs.get("share_features_extractor", True):
+            raise ValueError(
+                "`share_features_extractor=False` is not possible with an LSTM: actor and critic share what comes before "
+                "it. Leave it out, and use e.g. `net_arch=dict(pi=[64], vf=[64])` for separate layers after the LSTM."
+            )
         for name in ("bidirectional", "batch_first", "proj_size"):
             if self.lstm_kwargs.get(name):
                 raise ValueError(f"lstm_kwargs: `{name}` is not possible in a policy that acts step by step; leave it out.")
@@ -77,14 +95,26 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         data.update(
             lstm_hidden_size=self.lstm_hidden_size,
             n_lstm_layers=self.n_lstm_layers,
+            shared_lstm=self.shared_lstm,
+            enable_critic_lstm=self.enable_critic_lstm,
             lstm_kwargs=self.lstm_kwargs,
             channels_last=self.channels_last,
         )
         return data
 
+    def make_features_extractor(self) -> BaseFeaturesExtractor:
+        """As SB3's, which tells ``NatureCNN`` that images are normalized already, but not other extractors."""
+        if not self.normalize_images and issubclass(self.features_extractor_class, BabyCNN):
+            self.features_extractor_kwargs = {**self.features_extractor_kwargs, "normalized_image": True}
+        return super().make_features_extractor()
+
     def _build_mlp_extractor(self) -> None:
         # SB3 calls this after building the features extractor, before the heads and the optimizer
         self.lstm = nn.LSTM(int(self.features_dim), self.lstm_hidden_size, self.n_lstm_layers, **self.lstm_kwargs)
+        #: in the place of the LSTM, for a critic without memory
+        self.critic: nn.Linear | None = None
+        if self.enable_critic_lstm is not None and not self.shared_lstm:
+            self.critic = nn.Linear(int(self.features_dim), self.lstm_hidden_size)
         self.mlp_extractor = MlpExtractor(
             self.lstm_hidden_size, net_arch=self.net_arch, activation_fn=self.activation_fn, device=self.device
         )
@@ -135,8 +165,9 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :param deterministic: take the mode instead of a sample
         :return: actions (n_envs, …), values (n_envs, 1), log-probabilities (n_envs,), and the state after the step
         """
-        latent, state = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts[None])
-        distribution, values = self._heads(latent)
+        features = self.extract_features(obs)
+        latent, state = run_lstm(self.lstm, features, state, episode_starts[None])
+        distribution, values = self._heads(latent, features)
         actions = distribution.get_actions(deterministic=deterministic)
         log_prob = distribution.log_prob(actions)
         assert self.action_space.shape is not None
@@ -155,16 +186,24 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
             actions, values, _, state = self.forward(obs, state, episode_starts)
             return actions, values, state
         if cache is None:
-            latent, state = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts[None])
+            features = self.extract_features(obs)
+            latent, state = run_lstm(self.lstm, features, state, episode_starts[None])
         else:
-            latent, state = cache.record(self.extract_features(obs, cache.extractor), state, episode_starts)
-        values = self.value_net(self.mlp_extractor.forward_critic(latent))
+            features = self.extract_features(obs, cache.extractor)
+            latent, state = cache.record(features, state, episode_starts)
+        values = self._values(latent, features)
         return sample_actions(self, self.mlp_extractor.forward_actor(latent)), values, state
 
-    def _heads(self, latent: th.Tensor) -> tuple[Distribution, th.Tensor]:
-        """(batch, lstm_hidden_size) -> distribution of actions, values (batch, 1)"""
-        values = self.value_net(self.mlp_extractor.forward_critic(latent))
+    def _heads(self, latent: th.Tensor, features: th.Tensor | None) -> tuple[Distribution, th.Tensor]:
+        """As :meth:`_values` -> distribution of actions, values (batch, 1)"""
+        values = self._values(latent, features)
         return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent)), values
+
+    def _values(self, latent: th.Tensor, features: th.Tensor | None) -> th.Tensor:
+        """Output of the LSTM (batch, lstm_hidden_size), and its input (batch, features_dim) -> (batch, 1)"""
+        of_critic = latent if self.critic is None else self.critic(features)
+        values: th.Tensor = self.value_net(self.mlp_extractor.forward_critic(of_critic))
+        return values
 
     def evaluate_actions(  # type: ignore[override]
         self,
@@ -184,21 +223,26 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :param cache: of these steps, recorded with the current parameters; saves the forward pass
         :return: values (n_steps * n_envs, 1), log-probabilities and entropies (n_steps * n_envs,)
         """
+        features: th.Tensor | None
         if cache is None:
-            latent, _ = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts)
+            features = self.extract_features(obs)
+            latent, _ = run_lstm(self.lstm, features, state, episode_starts)
         else:
-            features = None if cache.convolutions is None else cache.convolutions.replay()
+            if cache.convolutions is not None:
+                features = cache.convolutions.replay()
+            else:  # the LSTM does not need features without weights again
+                features = None if self.critic is None else self.extract_features(obs)
             latent = cache.lstm.replay(features, cache.envs)
-        distribution, values = self._heads(latent)
+        distribution, values = self._heads(latent, features)
         return values, distribution.log_prob(actions), distribution.entropy()
 
     def predict_values(  # type: ignore[override]
         self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor
     ) -> th.Tensor:
         """:return: values (n_envs, 1)"""
-        latent, _ = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts[None])
-        values: th.Tensor = self.value_net(self.mlp_extractor.forward_critic(latent))
-        return values
+        features = self.extract_features(obs)
+        latent, _ = run_lstm(self.lstm, features, state, episode_starts[None])
+        return self._values(latent, features)
 
     def get_distribution(  # type: ignore[override]
         self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor

@@ -16,25 +16,63 @@ from sb3_a3c.policies.overrides import is_unmodified
 IMAGES_AT_ONCE = 40
 
 
+#: Pixels that ``NatureCNN`` needs at least in height and width.
+NATURE_CNN_SIZE = 36
+
+
+def _check_image_space(space: spaces.Space[Any], normalized_image: bool) -> None:
+    """Raise what ``NatureCNN`` raises; not by ``assert``, without which heights would be taken for channels."""
+    if not is_image_space(space, check_channels=False, normalized_image=normalized_image):
+        raise AssertionError(
+            f"You should use BabyCNN only with images not with {space}\n"
+            "(you are probably using `CnnLstmPolicy` instead of `MlpLstmPolicy` or `MultiInputLstmPolicy`)\n"
+            "If you are using a custom environment,\n"
+            "please check it using our env checker:\n"
+            "https://stable-baselines3.readthedocs.io/en/master/common/env_checker.html.\n"
+            "If you are using `VecNormalize` or already normalized channel-first images "
+            "you should pass `normalize_images=False`: \n"
+            "https://stable-baselines3.readthedocs.io/en/master/guide/custom_env.html\n"
+            "(With SB3's feed-forward policies, BabyCNN also needs `features_extractor_kwargs=dict(normalized_image=True)`.)"
+        )
+    assert space.shape is not None
+    n_channels, height, width = space.shape
+    # `NatureCNN` fails for any small image. BabyCNN can read these, but not if it may be that they are not channels-first.
+    if min(height, width) < min(n_channels, NATURE_CNN_SIZE):
+        raise AssertionError(
+            f"BabyCNN needs channels-first images (n_channels, height, width), but {space} would have {n_channels} channels "
+            f"of {height}x{width} pixels.\nSB3 re-orders channels-last images of uint8 with values in [0, 255] by itself. "
+            "Under `VecNormalize`, use `VecNormalize(VecTransposeImage(env))`; for other images a wrapper of the "
+            "environment, such as `gymnasium.wrappers.TransformObservation`."
+        )
+
+
 class BabyCNN(BaseFeaturesExtractor):
     """
     The convolutions of baby-a3c (Greydanus 2017): four layers of 32 filters, 3x3, stride 2, padding 1, each followed by
-    an ELU. An 84x84 image becomes 1152 features.
+    an ELU. An 84x84 image becomes 1152 features, or, with ``features_dim``, goes through one more linear layer.
 
     :param observation_space: a channels-first image space, (n_channels, height, width)
     :param dtype: precision in which the layers compute; weights, their gradients and the features stay float32.
         ``th.bfloat16`` is faster on processors that have instructions for it
-    :raises ValueError: if the space is not an image, or the layers can't compute in that precision
+    :param normalized_image: Whether to assume that the image is already normalized or not, as in SB3's ``NatureCNN``: when
+        True, the space must only be a Box of 3 dimensions; otherwise of uint8, with values in [0, 255]. A3C's own policies
+        set it for ``normalize_images=False``
+    :param features_dim: Number of features extracted, as in SB3's ``NatureCNN``: the number of units of a linear layer, with
+        an ELU, behind the convolutions. None: no such layer, as in baby-a3c
+    :raises AssertionError: where ``NatureCNN`` raises, but for channels-first images of fewer than 36 pixels
+    :raises ValueError: if the layers can't compute in that precision
     """
 
-    def __init__(self, observation_space: spaces.Space[Any], dtype: th.dtype = th.float32) -> None:
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        dtype: th.dtype = th.float32,
+        normalized_image: bool = False,
+        features_dim: int | None = None,
+    ) -> None:
         if dtype not in (th.float32, th.bfloat16):
             raise ValueError(f"BabyCNN can't compute in {dtype}. Use th.float32 or th.bfloat16.")
-        if not is_image_space(observation_space, check_channels=False, normalized_image=True):
-            raise ValueError(
-                f"BabyCNN needs images (a Box of 3 dimensions), not {observation_space}. "
-                "Use `MlpLstmPolicy` for vectors and `MultiInputLstmPolicy` for dictionaries."
-            )
+        _check_image_space(observation_space, normalized_image)
         assert observation_space.shape is not None
         n_channels, *size = observation_space.shape
         self.dtype = dtype
@@ -42,19 +80,27 @@ class BabyCNN(BaseFeaturesExtractor):
         for _ in range(4):
             size = [(length + 1) // 2 for length in size]
             self.shapes.append((32, *size))
-        super().__init__(observation_space, features_dim=32 * size[0] * size[1])
+        n_flatten = 32 * size[0] * size[1]
+        super().__init__(observation_space, n_flatten if features_dim is None else features_dim)
         layers: list[nn.Module] = []
         for in_channels in (n_channels, 32, 32, 32):
             layers += [nn.Conv2d(in_channels, 32, kernel_size=3, stride=2, padding=1), nn.ELU(inplace=True)]
         self.cnn = nn.Sequential(*layers, nn.Flatten())
-        self._original_layers = repr(self.cnn)
+        #: from the convolutions' output to the features
+        self.linear = nn.Sequential()
+        if features_dim is not None:
+            self.linear.extend([nn.Linear(n_flatten, features_dim), nn.ELU()])
+        self._original_layers = repr((self.cnn, self.linear))
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         # (batch, n_channels, height, width) -> (batch, features_dim)
         if self.dtype == th.float32:
-            return self._in_slices(observations)
-        with th.autocast("cpu", self.dtype):
-            return self._in_slices(observations).to(observations.dtype)
+            convolved = self._in_slices(observations)
+        else:
+            with th.autocast("cpu", self.dtype):
+                convolved = self._in_slices(observations).to(observations.dtype)
+        features: th.Tensor = self.linear(convolved)
+        return features
 
     def _in_slices(self, observations: th.Tensor) -> th.Tensor:
         parts = [self.cnn(images) for images in th.split(observations, IMAGES_AT_ONCE)]
@@ -69,8 +115,8 @@ class BabyCNN(BaseFeaturesExtractor):
     def is_original(self) -> bool:
         """True if the extractor and its layers are as the constructor made them, without hooks or parametrizations."""
         # layers that share their weights have fewer parameters
-        same_layers = repr(self.cnn) == self._original_layers and len(list(self.cnn.parameters())) == 8
-        return is_unmodified(self, BabyCNN) and same_layers and all(is_unmodified(m, type(m)) for m in self.cnn.modules())
+        same_layers = repr((self.cnn, self.linear)) == self._original_layers and len(list(self.cnn.parameters())) == 8
+        return is_unmodified(self, BabyCNN) and same_layers and all(is_unmodified(m, type(m)) for m in self.modules())
 
 
 #: Hidden and cell state, each (n_lstm_layers, n_envs, lstm_hidden_size); empty for a policy without memory.

@@ -24,6 +24,17 @@ def cpu_quota(root: Path = ROOT) -> float | None:
     return min(quotas, default=None)
 
 
+def affinity() -> int:
+    """Number of cores that this process may run on: all, or those that ``taskset`` or ``docker run --cpuset-cpus`` left."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def n_cores(root: Path = ROOT) -> int:
+    """Number of whole cores that this process may use: affinity or CPU quota, what is less, rounded down; at least 1."""
+    quota = cpu_quota(root)
+    return affinity() if quota is None else max(1, min(affinity(), int(quota)))
+
+
 def available_memory(root: Path = ROOT) -> int | None:
     """Bytes that can still be allocated without swapping, in the machine and in the control group."""
     lines = [line.split() for line in _text(root / "proc" / "meminfo").splitlines()]
@@ -77,8 +88,3 @@ def _text(path: Path) -> str:
     with contextlib.suppress(OSError):
         return path.read_text().strip()
     return ""
-
-
-def n_cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,5 +1,6 @@
 """RL Zoo's ``ExperimentManager``, adapted to A3C: its hyperparameters, ``-i``, saving after errors, and searches."""
 
+import inspect
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ import optuna
 from rl_zoo3.callbacks import SaveVecNormalizeCallback
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
@@ -29,6 +31,7 @@ class A3CExperiment(ExperimentManager):
     - ``--conf-file`` is by default :data:`HYPERPARAMS`.
     - ``-i`` continues the run that saved the model, with its timesteps, schedules, statistics for ``VecNormalize`` and
       monitor files, until ``-n`` timesteps *in total*.
+    - Hyperparameters of other algorithms, such as ``n_epochs``, raise an error that says so.
     - Each checkpoint is saved with statistics for ``VecNormalize``.
     - If training raises, the model is saved. It is also saved if Ctrl-C ends the reader of the output (``| tee``).
     - A trial that raises anything is pruned and does not end the search.
@@ -41,6 +44,15 @@ class A3CExperiment(ExperimentManager):
     def __init__(self, *args: Any, config: str | None = None, **kwargs: Any) -> None:
         kwargs["config"] = config or str(HYPERPARAMS)
         super().__init__(*args, **kwargs)
+
+    def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> tuple[dict[str, Any], Any, list[BaseCallback], Any]:
+        processed, *others = super()._preprocess_hyperparams(hyperparams)
+        if unknown := sorted(processed.keys() - inspect.signature(A3C).parameters.keys()):
+            raise ValueError(
+                f"A3C has no {', '.join(f'`{name}`' for name in unknown)}. Leave them out of {self.config} and of -params. "
+                "(Those of PPO have no counterpart: A3C learns from each rollout once.)"
+            )
+        return processed, *others  # type: ignore[return-value]
 
     def create_log_folder(self) -> None:
         if not self.continue_training:

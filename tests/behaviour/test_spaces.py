@@ -1,5 +1,6 @@
 """Spaces, policies, layers and optimizers: workers do with them what A2C does."""
 
+import re
 from collections import defaultdict
 from copy import deepcopy
 from pathlib import Path
@@ -18,7 +19,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
 
 from sb3_a3c import A3C, MlpLstmPolicy
 
@@ -273,6 +274,52 @@ def test_images_are_channels_first_and_scaled_once(
         model.policy.features_extractor(th.zeros(1, 36, 40, 3))
 
 
+#: Images, whether the policy is to scale them, and a wrapper.
+FLOATS, FLOATS_LAST = spaces.Box(0, 1, (3, 36, 40)), spaces.Box(0, 1, (36, 40, 3))
+REFUSED_IMAGES: list[Any] = [
+    *[
+        (FLOATS_LAST, True, None),
+        (FLOATS_LAST, False, None),
+        (FLOATS, True, None),
+        (spaces.Box(0, 8, (36, 40)), False, None),
+    ],
+    *[(IMAGE, True, VecNormalize), (IMAGE, False, VecNormalize)],
+]
+TAKEN_IMAGES: list[Any] = [
+    *[(FLOATS, False, None, 2), (IMAGE, False, None, 0), (spaces.Box(0, 255, (3, 36, 40), np.uint8), True, None, 0)],
+    *[(FLOATS, False, VecNormalize, 0), (IMAGE, False, lambda env: VecNormalize(VecTransposeImage(env)), 2)],
+    (IMAGE, True, lambda env: VecNormalize(env, norm_obs=False), 0),
+]
+
+
+@pytest.mark.parametrize(("space", "normalize_images", "wrapper"), REFUSED_IMAGES)
+def test_images_that_a2c_refuses(space: spaces.Box, normalize_images: bool, wrapper: Any) -> None:
+    errors = []
+    for cls, policy in ((A2C, "CnnPolicy"), (A3C, "CnnLstmPolicy")):
+        env = recording(space) if wrapper is None else wrapper(recording(space))
+        with pytest.raises((AssertionError, RuntimeError)) as raised:
+            cls(policy, env, policy_kwargs=dict(normalize_images=normalize_images))
+        errors.append(raised.value)
+    by_a2c, by_a3c = errors
+    assert isinstance(by_a3c, AssertionError)
+    if isinstance(by_a2c, AssertionError):
+        text = re.sub("(Cnn|Mlp|MultiInput)Policy", r"\1LstmPolicy", str(by_a2c)).replace("NatureCNN", "BabyCNN")
+        assert str(by_a3c).startswith(text)
+    else:  # of torch: "Kernel size can't be greater than actual input size"
+        assert re.search(r"needs channels-first images.* 36 channels of 40x3 pixels\.\n", str(by_a3c))
+
+
+@pytest.mark.parametrize(("space", "normalize_images", "wrapper", "n_workers"), TAKEN_IMAGES)
+def test_images_that_a2c_takes(space: spaces.Box, normalize_images: bool, wrapper: Any, n_workers: int) -> None:
+    channels = []
+    algorithms: Any = ((A2C, "CnnPolicy", {}), (A3C, "CnnLstmPolicy", {"n_workers": n_workers}))
+    for cls, policy, kwargs in algorithms:
+        env = recording(space) if wrapper is None else wrapper(recording(space))
+        model = cls(policy, env, n_steps=5, policy_kwargs=dict(normalize_images=normalize_images), **kwargs).learn(20)
+        channels.append(model.policy.features_extractor.cnn[0].in_channels)
+    assert channels == [3, 3]
+
+
 # --- gSDE, and what A2C refuses ---------------------------------------------------------------------------------------
 
 
@@ -413,6 +460,19 @@ def test_separate_extractors_of_actor_and_critic() -> None:
     assert not th.equal(critics.weight, before)
     assert not th.equal(actors.weight, critics.weight)
     assert model.policy.features_extractor is model.policy.pi_features_extractor
+
+
+@pytest.mark.parametrize(
+    ("policy", "space", "n_workers", "extractor"),
+    [("MlpLstmPolicy", VECTOR, 0, None), ("CnnLstmPolicy", IMAGE, 2, dict(features_dim=8))],
+)
+def test_critic_without_memory_learns(policy: str, space: spaces.Box, n_workers: int, extractor: Any) -> None:
+    policy_kwargs = dict(enable_critic_lstm=False, features_extractor_kwargs=extractor, **SMALL_LSTM)
+    model = A3C(policy, recording(space), n_steps=5, n_workers=n_workers, policy_kwargs=policy_kwargs)
+    before = copied(model)
+    assert_all_learned(model.learn(60), before)
+    assert {"critic.weight", "critic.bias"} <= before.keys()
+    assert ("features_extractor.linear.0.weight" in before) == (extractor is not None)
 
 
 # --- optimizers -------------------------------------------------------------------------------------------------------

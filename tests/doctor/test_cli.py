@@ -1,5 +1,6 @@
 """Whole runs of the doctor: on a healthy machine, with something wrong, and interrupted."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch as th
 
 from sb3_a3c import WorkerDiedError
 from sb3_a3c.doctor import cli
+from sb3_a3c.processes import machine
 
 
 def levels(output: str) -> dict[str, str]:
@@ -37,6 +39,15 @@ def test_run_without_workers(capsys: pytest.CaptureFixture[str]) -> None:
     found = levels(capsys.readouterr().out)
     assert "start" not in found
     assert found["training"] == "ok"
+
+
+def test_quota_decides_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "affinity", lambda: 8)
+    monkeypatch.setattr(machine, "cpu_quota", lambda root=None: 1.9)
+    monkeypatch.setattr(cli, "affinity", machine.affinity)
+    monkeypatch.setattr(cli, "cpu_quota", machine.cpu_quota)
+    _, cores = itertools.islice(cli.findings(cli._parse(["--env", "CartPole-v1", "--n-envs", "2"])), 2)
+    assert (cores.level, cores.text) == ("ok", "1 worker on 8 cores, a CPU quota of 1.9")
 
 
 def test_unknown_environment(capsys: pytest.CaptureFixture[str]) -> None:

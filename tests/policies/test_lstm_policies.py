@@ -1,5 +1,6 @@
 """LSTM policies: acting step by step and evaluating whole rollouts agree; SB3's and sb3-contrib's conventions hold."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from sb3_contrib.ppo_recurrent import MlpLstmPolicy as ContribMlpLstmPolicy
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from stable_baselines3.common.utils import obs_as_tensor
@@ -28,6 +31,12 @@ KINDS: dict[str, tuple[type[LstmActorCriticPolicy], spaces.Space[Any], spaces.Sp
     "mlp-box": (MlpLstmPolicy, VECTOR, MOVE, 2),
     "cnn": (CnnLstmPolicy, IMAGE, CHOICE, 1),
     "multi": (MultiInputLstmPolicy, DICT, MOVE, 1),
+}
+#: The LSTM policies with a critic without memory, and with one more layer before the LSTM.
+VARIANTS = {
+    "mlp, memoryless critic": ("mlp", dict(enable_critic_lstm=False)),
+    "cnn, memoryless critic": ("cnn", dict(enable_critic_lstm=False)),
+    "cnn, features_dim": ("cnn", dict(features_extractor_kwargs=dict(features_dim=20))),
 }
 N_STEPS, N_ENVS, HIDDEN = 6, 3, 16
 
@@ -57,6 +66,12 @@ def linear(module: th.nn.Module) -> th.nn.Linear:
 def policy(request: pytest.FixtureRequest) -> LstmActorCriticPolicy:
     """One of each kind, in double precision, so that rounding is far below any effect."""
     return make(request.param).double()
+
+
+@pytest.fixture(params=[*KINDS, *VARIANTS])
+def variant(request: pytest.FixtureRequest) -> LstmActorCriticPolicy:
+    kind, kwargs = VARIANTS.get(request.param, (request.param, {}))
+    return make(kind, **kwargs).double()
 
 
 def sample_obs(space: spaces.Space[Any], *batch: int, seed: int = 0) -> Any:
@@ -150,7 +165,8 @@ def test_gradients_flow_through_time_within_an_episode() -> None:
         assert reached.tolist() == [True, False, True]
 
 
-def test_forward_get_distribution_and_predict_values_agree(policy: LstmActorCriticPolicy) -> None:
+def test_forward_get_distribution_and_predict_values_agree(variant: LstmActorCriticPolicy) -> None:
+    policy = variant
     obs, state = as_tensor(sample_obs(policy.observation_space, N_ENVS)), random_state(policy)
     starts = th.tensor([False, True, False])
     with th.no_grad():
@@ -338,7 +354,8 @@ def test_non_finite_logits_raise(kind: str) -> None:
         actor.act(th.full((1, 3), float("nan")), actor.initial_state(1), th.zeros(1, dtype=th.bool))
 
 
-def test_cached_evaluation_equals_evaluation(policy: LstmActorCriticPolicy) -> None:
+def test_cached_evaluation_equals_evaluation(variant: LstmActorCriticPolicy) -> None:
+    policy = variant
     obs = sample_obs(policy.observation_space, N_STEPS, N_ENVS)
     state = policy.initial_state(N_ENVS)
     cache = policy.new_activation_cache(N_STEPS, [slice(0, N_ENVS)])
@@ -432,6 +449,75 @@ def test_net_arch_adds_layers_between_lstm_and_heads(net_arch: Any) -> None:
     assert (policy.mlp_extractor.latent_dim_pi, policy.mlp_extractor.latent_dim_vf) == widths
     obs, state = as_tensor(flat(sample_obs(VECTOR, N_STEPS, N_ENVS))), random_state(policy)
     assert policy.evaluate_actions(obs, th.zeros(N_STEPS * N_ENVS), state, STARTS)[0].shape == (N_STEPS * N_ENVS, 1)
+
+
+def test_features_dim_is_the_number_of_units_behind_the_convolutions() -> None:
+    policy = make("cnn", features_extractor_kwargs={"features_dim": 20})
+    assert isinstance(policy.features_extractor, BabyCNN)
+    assert policy.features_extractor.features_dim == policy.lstm.input_size == 20
+    layer, elu = policy.features_extractor.linear
+    assert (linear(layer).in_features, linear(layer).out_features) == (32 * 3 * 3, 20)
+    images = as_tensor(sample_obs(IMAGE, N_ENVS)).float() / 255
+    with th.no_grad():
+        assert th.equal(policy.features_extractor(images), elu(layer(policy.features_extractor.cnn(images))))
+
+
+# --- sb3-contrib's arguments ---
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_arguments_of_a_shared_lstm_change_nothing(kind: str) -> None:
+    arguments = (
+        dict(shared_lstm=True),
+        dict(shared_lstm=True, enable_critic_lstm=False),
+        dict(share_features_extractor=True),
+    )
+    default = make(kind).state_dict()
+    for kwargs in arguments:
+        same = make(kind, **kwargs).state_dict()
+        assert same.keys() == default.keys()
+        assert all(th.equal(value, default[name]) for name, value in same.items())
+
+
+@pytest.mark.parametrize("kwargs", [dict(enable_critic_lstm=False), dict(enable_critic_lstm=False, shared_lstm=False)])
+def test_critic_without_memory_is_sb3_contribs(kwargs: dict[str, Any]) -> None:
+    policy = make("mlp", net_arch=[8], **kwargs)
+    theirs = ContribMlpLstmPolicy(VECTOR, CHOICE, lambda _: 1e-4, net_arch=[8], lstm_hidden_size=HIDDEN, **kwargs)
+    theirs.load_state_dict({re.sub(r"^lstm\.", "lstm_actor.", name): value for name, value in policy.state_dict().items()})
+    state, starts = random_state(policy), STARTS.float()
+    obs = sample_obs(VECTOR, N_STEPS, N_ENVS)
+    actions = step_by_step(policy, obs, state, STARTS)[0]
+    found = policy.evaluate_actions(as_tensor(flat(obs)), actions.flatten(0, 1), state, STARTS)
+    # sb3-contrib has the environments, not the steps, in the first dimension: (T, N, …) -> (N * T, …)
+    by_env: Any = [part.swapaxes(0, 1).flatten(0, 1) for part in (as_tensor(obs), actions, starts)]
+    expected = theirs.evaluate_actions(by_env[0], by_env[1], RNNStates(state, state), by_env[2])
+    gradients = []
+    for net, (values, log_prob, entropy) in ((policy, found), (theirs, expected)):
+        assert entropy is not None
+        parameters = {re.sub(r"^lstm\.", "lstm_actor.", name): value for name, value in net.named_parameters()}
+        of_all = th.autograd.grad(values.sum() + log_prob.sum() + entropy.sum(), list(parameters.values()))
+        gradients.append(dict(zip(parameters, of_all, strict=True)))
+    for one, other in zip(found, expected, strict=True):
+        assert one is not None
+        assert th.allclose(one.reshape(N_STEPS, N_ENVS), other.reshape(N_ENVS, N_STEPS).t(), atol=1e-6)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert th.allclose(gradient, gradients[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(enable_critic_lstm=True), "`enable_critic_lstm=True`.*Leave both out, or use `shared_lstm=True` alone"),
+        (dict(shared_lstm=False), "RecurrentPPO's default.*or `enable_critic_lstm=False` alone for a critic without memory"),
+        (dict(shared_lstm=True, enable_critic_lstm=True), "Leave both out"),
+        (dict(share_features_extractor=False), r"share what comes before it\. Leave it out, and use e\.g\. `net_arch="),
+    ],
+)
+def test_networks_of_the_critics_own_raise(kwargs: dict[str, Any], message: str) -> None:
+    for kind in ("mlp", "cnn", "multi"):
+        with pytest.raises(ValueError, match=message):
+            make(kind, **kwargs)
 
 
 @pytest.mark.parametrize("argument", [{"bidirectional": True}, {"batch_first": True}, {"proj_size": 4}])
@@ -529,8 +615,9 @@ def test_squashed_policy_predicts_within_the_space_and_has_no_entropy() -> None:
     [
         ("mlp", {"n_lstm_layers": 2, "lstm_kwargs": {"dropout": 0.5}, "net_arch": {"pi": [8], "vf": [4]}}),
         ("mlp-box", {"use_sde": True, "squash_output": True, "activation_fn": th.nn.ReLU}),
-        ("cnn", {}),
+        ("cnn", {"normalize_images": False}),
         ("cnn", {"channels_last": False, "features_extractor_class": NatureCNN}),
+        ("cnn", {"enable_critic_lstm": False, "features_extractor_kwargs": {"features_dim": 9}}),
         ("multi", {"optimizer_class": th.optim.RMSprop}),
     ],
 )
@@ -541,7 +628,15 @@ def test_saved_policy_is_the_same_when_loaded(kind: str, kwargs: dict[str, Any],
     loaded = KINDS[kind][0].load(path)
     assert type(loaded) is type(policy)
     assert repr(loaded) == repr(policy)
-    for name in ("lstm_hidden_size", "n_lstm_layers", "lstm_kwargs", "channels_last", "net_arch"):
+    for name in (
+        "lstm_hidden_size",
+        "n_lstm_layers",
+        "shared_lstm",
+        "enable_critic_lstm",
+        "lstm_kwargs",
+        "channels_last",
+        "net_arch",
+    ):
         assert getattr(loaded, name) == getattr(policy, name)
     assert type(loaded.optimizer) is type(policy.optimizer)
     for (name, one), (other_name, other) in zip(policy.named_parameters(), loaded.named_parameters(), strict=True):

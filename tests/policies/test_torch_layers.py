@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.torch_layers import NatureCNN
 from torch import nn
 
 from sb3_a3c import CnnLstmPolicy
@@ -29,7 +30,7 @@ def test_baby_cnn_makes_1152_features_of_an_84x84_image(n_channels: int) -> None
     assert sum(isinstance(layer, nn.ELU) for layer in extractor.cnn) == 4
 
 
-@pytest.mark.parametrize(("height", "width"), [(36, 48), (17, 31), (1, 1)])
+@pytest.mark.parametrize(("height", "width"), [(36, 48), (17, 31), (3, 3)])
 def test_baby_cnn_takes_images_of_any_size(height: int, width: int) -> None:
     extractor = BabyCNN(images_of(3, height, width))
     assert extractor(th.zeros(1, 3, height, width)).shape == (1, extractor.features_dim)
@@ -48,14 +49,38 @@ def test_slices_of_a_batch_give_the_same_features_and_gradients(n_images: int) -
         assert th.allclose(found, expected, rtol=1e-10)
 
 
+FLOAT_IMAGES = spaces.Box(0, 1, (3, 36, 40))
+#: Space, and whether it has normalized images.
+NOT_IMAGES: list[Any] = [
+    *[(spaces.Box(-1, 1, (3,)), False), (images_of(84, 84), True), (CHOICE, False), (spaces.Dict(image=FLOAT_IMAGES), True)],
+    *[(FLOAT_IMAGES, False), (spaces.Box(0, 255, (3, 36, 40)), False), (spaces.Box(0, 1, (3, 36, 40), np.uint8), False)],
+    *[(images_of(36, 40, 3), False), (spaces.Box(0, 1, (36, 40, 3)), True), (spaces.Box(0, 1, (36, 3, 40)), True)],
+]
+
+
+@pytest.mark.parametrize(("space", "normalized"), NOT_IMAGES)
+def test_baby_cnn_refuses_what_nature_cnn_refuses(space: spaces.Space[Any], normalized: bool) -> None:
+    message = r"BabyCNN (only with images not with|needs channels-first images.*would have 36 channels of)"
+    for extractor, errors in ((NatureCNN, (AssertionError, RuntimeError)), (BabyCNN, AssertionError)):
+        with pytest.raises(errors, match=message if extractor is BabyCNN else None):
+            extractor(space, normalized_image=normalized)
+    with pytest.raises(AssertionError, match=message):
+        CnnLstmPolicy(space, CHOICE, lambda _: 1e-4, normalize_images=not normalized)
+
+
 @pytest.mark.parametrize(
-    "space", [spaces.Box(-1, 1, (3,)), images_of(84, 84), CHOICE, spaces.Dict({"image": images_of(3, 36, 36)})]
+    ("space", "normalized"),
+    [
+        (FLOAT_IMAGES, True),
+        (images_of(3, 36, 40), True),
+        (spaces.Box(-9, 9, (64, 36, 40)), True),
+        (images_of(64, 36, 40), False),
+    ],
 )
-def test_baby_cnn_refuses_spaces_other_than_images(space: spaces.Space[Any]) -> None:
-    with pytest.raises(ValueError, match=r"BabyCNN needs images.*MlpLstmPolicy.*MultiInputLstmPolicy"):
-        BabyCNN(space)
-    with pytest.raises(ValueError, match="BabyCNN needs images"):
-        CnnLstmPolicy(space, CHOICE, lambda _: 1e-4)
+def test_baby_cnn_takes_what_nature_cnn_takes(space: spaces.Box, normalized: bool) -> None:
+    policy = CnnLstmPolicy(space, CHOICE, lambda _: 1e-4, normalize_images=not normalized)
+    for extractor in (NatureCNN(space, normalized_image=normalized), policy.features_extractor):
+        assert extractor.cnn[0].in_channels == space.shape[0]  # type: ignore[union-attr, index]
 
 
 def test_baby_cnn_refuses_other_precisions() -> None:

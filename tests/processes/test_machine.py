@@ -52,8 +52,29 @@ def test_control_groups_of_version_1(tmp_path: Path) -> None:
     assert machine.available_memory(tmp_path) == 100
 
 
+@pytest.mark.parametrize(
+    ("cores", "quota", "usable"),
+    [(4, "max", 4), (4, "150000", 1), (4, "299000", 2), (4, "300000", 3), (2, "640000", 2), (4, "50000", 1)],
+)
+def test_usable_cores_are_whole_and_at_least_one(
+    cores: int, quota: str, usable: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    for version, group in ((2, tmp_path / "v2"), (1, tmp_path / "v1")):
+        folder = group / "sys/fs/cgroup"
+        if version == 2:
+            write(group / "proc/self/cgroup", "0::/a\n")
+            write(folder / "a/cpu.max", f"{quota} 100000\n")
+        else:
+            write(group / "proc/self/cgroup", "4:cpu,cpuacct:/a\n0::/\n")
+            write(folder / "cpu/a/cpu.cfs_quota_us", quota.replace("max", "-1"))
+            write(folder / "cpu/a/cpu.cfs_period_us", "100000")
+        assert machine.n_cores(group) == usable
+
+
 def test_system_without_proc(tmp_path: Path) -> None:
     assert machine.cpu_quota(tmp_path) is None
+    assert machine.n_cores(tmp_path) == machine.affinity()
     assert machine.available_memory(tmp_path) is None
     assert machine.process_memory(os.getpid(), tmp_path) is None
     assert machine.free_shared_memory(tmp_path / "shm") is None

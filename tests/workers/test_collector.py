@@ -17,10 +17,11 @@ from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_a3c import A3C
+from sb3_a3c.processes import machine
 from sb3_a3c.processes.machine import n_cores
 from sb3_a3c.workers.assignment import MAX_ROLLOUTS_WAITING, Assignment
 from sb3_a3c.workers.collector import HogwildCollector
-from tests.toy_envs import StepCounter
+from tests.toy_envs import Countdown, StepCounter
 
 
 def sleeping_env(vec_env: type[VecEnv], *seconds: float) -> VecEnv:
@@ -165,6 +166,26 @@ def test_the_main_process_uses_the_cores_that_workers_leave() -> None:
         assert th.get_num_threads() == 2
     finally:
         th.set_num_threads(before)
+
+
+class Pids(BaseCallback):
+    """Collects the processes that the workers are."""
+
+    def _on_training_start(self) -> None:
+        self.seen: set[int] = set()
+
+    def _on_step(self) -> bool:
+        self.seen |= {info["pid"] for info in self.locals["infos"]}
+        return True
+
+
+def test_default_is_a_worker_for_each_core_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "affinity", lambda: 8)
+    for quota, n_workers in ((2.9, 2), (0.5, 1)):
+        monkeypatch.setattr(machine, "cpu_quota", lambda root, quota=quota: quota)
+        pids = Pids()
+        A3C("MlpPolicy", DummyVecEnv([Countdown] * 4), n_steps=5, n_workers=None).learn(100, pids)
+        assert len(pids.seen - {os.getpid()}) == len(pids.seen) == n_workers
 
 
 @pytest.mark.slow

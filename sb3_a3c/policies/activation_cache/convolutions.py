@@ -14,11 +14,13 @@ class ConvolutionCache:
     """
     The activations of a rollout's images, recorded while acting, in ``n_steps`` batches of ``n_envs`` images, and replayed
     once while learning. Weights must stay the same between recording and the backward pass.
+    The linear layer behind the convolutions, if there is one, is computed again.
     """
 
     def __init__(self, cnn: BabyCNN, n_steps: int, n_envs: int) -> None:
         self.n_envs = n_envs
         self.n_recorded = 0
+        self.linear = cnn.linear
         self.parameters = list(cnn.cnn.parameters())  # weight, bias, weight, bias, …
         weight = self.parameters[-2]
         self.dtype = cnn.computed_dtype
@@ -46,21 +48,24 @@ class ConvolutionCache:
         x.copy_(images)
         for (weight, bias), kept in zip(self.layers, activations, strict=True):
             x = th.ops.aten.elu.out(F.conv2d(x, weight, bias, stride=2, padding=1), out=kept)
-        return x.flatten(1).to(images.dtype)  # (n_envs, 32, height, width) -> (n_envs, features_dim)
+        # (n_envs, 32, height, width) -> (n_envs, n_flatten) -> (n_envs, features_dim)
+        features: th.Tensor = self.linear(x.flatten(1).to(images.dtype))
+        return features
 
     def clear(self) -> None:
         self.n_recorded = 0
 
     def replay(self) -> th.Tensor:
         """The features of all recorded images, (n_recorded, features_dim), with gradient."""
-        features: th.Tensor = _ConvolutionReplay.apply(self, *self.parameters)  # type: ignore[no-untyped-call]
+        convolved: th.Tensor = _ConvolutionReplay.apply(self, *self.parameters)  # type: ignore[no-untyped-call]
+        features: th.Tensor = self.linear(convolved)
         return features
 
     def gradients(self, images: slice, gradient: th.Tensor) -> list[th.Tensor]:
-        """Gradients of :attr:`parameters`, given that of the features of some images, (batch, features_dim)."""
+        """Gradients of :attr:`parameters`, given that of the convolutions' outputs for some images, (batch, n_flatten)."""
         found: list[th.Tensor] = []
         features = self.kept[-1][images]
-        # (batch, features_dim) -> (batch, 32, height, width); a copy, because it is overwritten below
+        # (batch, n_flatten) -> (batch, 32, height, width); a copy, because it is overwritten below
         above = th.empty_like(features).copy_(gradient.reshape(features.shape))
         for layer in reversed(range(len(self.layers))):
             weight, bias = self.layers[layer]
@@ -76,12 +81,12 @@ class ConvolutionCache:
 
 
 class _ConvolutionReplay(th.autograd.Function):
-    """From the weights of the convolutions to the recorded features."""
+    """From the weights of the convolutions to their recorded outputs."""
 
     @staticmethod
     def forward(ctx: Any, cache: ConvolutionCache, *parameters: th.Tensor) -> th.Tensor:
         ctx.cache = cache
-        # (n_recorded, 32, height, width) -> (n_recorded, features_dim)
+        # (n_recorded, 32, height, width) -> (n_recorded, n_flatten)
         return cache.kept[-1][: cache.n_recorded].flatten(1).to(parameters[0].dtype)
 
     @staticmethod
