@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable
 from dataclasses import fields
+from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -36,12 +37,12 @@ from sb3_a3c.policies.lstm_policies import (
 from sb3_a3c.processes.signals import uninterrupted
 from sb3_a3c.save_util import atomic_write, check_archive
 from sb3_a3c.store.finite import check_finite
-from sb3_a3c.store.optimizer_state import check_optimizer
+from sb3_a3c.store.optimizer_state import check_optimizer, check_parameters
 from sb3_a3c.workers.assignment import Assignment
 from sb3_a3c.workers.collector import HogwildCollector
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
-_hyperparam_values = attrgetter(*(field.name for field in fields(Hyperparams)))
+_hyperparam_values = attrgetter(*(field.name for field in fields(Hyperparams)[:-1]))  # without ``trainable``
 
 
 class A3C(OnPolicyAlgorithm):
@@ -153,6 +154,7 @@ class A3C(OnPolicyAlgorithm):
         self.max_worker_restarts = max_worker_restarts
         self.worker_timeout = worker_timeout
         self._collector: HogwildCollector | None = None
+        self._parameters: list[th.nn.Parameter] = []  # of the policy, while workers run
         self._pending_env_seeds: list[int | None] = []
         self._pending_env_options: list[dict[str, Any]] = []
         self._n_updates_at_start = 0
@@ -208,7 +210,9 @@ class A3C(OnPolicyAlgorithm):
         check_optimizer(self.policy.optimizer)
 
     def _hyperparams(self) -> Hyperparams:
-        return Hyperparams(*_hyperparam_values(self))
+        # to look for the parameters in all modules at each step would take longer than the rest of it
+        parameters = self._parameters or list(self.policy.parameters())
+        return Hyperparams(*(*_hyperparam_values(self), tuple([p.requires_grad for p in parameters])))
 
     def learn(
         self: SelfA3C,
@@ -273,6 +277,7 @@ class A3C(OnPolicyAlgorithm):
         assert self._last_obs is not None
         check_arguments(vars(self))  # a callback may have changed them at the start of training
         self._n_updates_at_start = self._n_updates
+        self._parameters = list(self.policy.parameters())
         assignment = Assignment(
             env,
             self.policy,
@@ -302,9 +307,12 @@ class A3C(OnPolicyAlgorithm):
             try:
                 collector.stop(hurry)
             finally:
-                self._take_over(collector)
-                collector.store.fetch_optimizer(self.policy)
-                collector.store.close()
+                try:
+                    self._take_over(collector)
+                    collector.store.fetch_optimizer(self.policy)
+                finally:
+                    self._parameters = []
+                    collector.store.close()
 
     def _take_over(self, collector: HogwildCollector) -> None:
         """Count the transitions that no callback has seen (the remainder, or those after False), and fetch the policy."""
@@ -316,6 +324,11 @@ class A3C(OnPolicyAlgorithm):
 
     def _fetch(self, collector: HogwildCollector) -> None:
         """Copy the shared parameters and the number of updates into the model."""
+        if any(mine is not old for mine, old in zip_longest(self.policy.parameters(), self._parameters)):
+            raise ValueError(
+                "Parameters or layers of the policy were replaced while workers run, which have the old ones. Replace them "
+                "between two calls of `learn`; new values for the old ones: `model.set_parameters`."
+            )
         collector.store.fetch_policy(self.policy)
         if self.use_sde:
             self.policy.reset_noise(self.n_envs)
@@ -369,6 +382,9 @@ class A3C(OnPolicyAlgorithm):
             check_arguments(vars(self))
             if hyperparams.take_turns != self._collector.hyperparams.take_turns:
                 raise ValueError("`take_turns` can't be changed while workers run: set it before `learn`.")
+            if hyperparams.trainable != self._collector.hyperparams.trainable:
+                check_parameters(self.policy)
+                check_finite(self.policy)
         self._collector.update_hyperparams(hyperparams)
 
     def train(self) -> None:
@@ -461,7 +477,8 @@ class A3C(OnPolicyAlgorithm):
         super().set_env(env, force_reset)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_collector", "_base_seed", "_pending_env_seeds", "_pending_env_options"]
+        ours = ["_collector", "_parameters", "_base_seed", "_pending_env_seeds", "_pending_env_options"]
+        return [*super()._excluded_save_params(), *ours]
 
 
 def _make_env(env: GymEnv | str, n_workers: int | None, verbose: int) -> GymEnv:

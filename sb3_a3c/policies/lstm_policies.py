@@ -158,13 +158,13 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
             latent, state = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts[None])
         else:
             latent, state = cache.record(self.extract_features(obs, cache.extractor), state, episode_starts)
-        values = self.value_net(self.mlp_extractor.forward_critic(latent))
-        return sample_actions(self, self.mlp_extractor.forward_actor(latent)), values, state
+        latent_pi, latent_vf = self.mlp_extractor(latent)
+        return sample_actions(self, latent_pi), self.value_net(latent_vf), state
 
     def _heads(self, latent: th.Tensor) -> tuple[Distribution, th.Tensor]:
         """(batch, lstm_hidden_size) -> distribution of actions, values (batch, 1)"""
-        values = self.value_net(self.mlp_extractor.forward_critic(latent))
-        return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent)), values
+        latent_pi, latent_vf = self.mlp_extractor(latent)
+        return self._get_action_dist_from_latent(latent_pi), self.value_net(latent_vf)
 
     def evaluate_actions(  # type: ignore[override]
         self,

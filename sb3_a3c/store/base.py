@@ -4,6 +4,7 @@ The seam between learning and the place where the shared parameters lie: two pro
 All other code is written against them. Only the collector and the doctor choose an implementation.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch as th
@@ -19,6 +20,13 @@ class Replica(Protocol):
     @property
     def optimizer(self) -> th.optim.Optimizer:
         """The optimizer whose next step :meth:`push` takes; its ``param_groups`` hold this worker's learning rate."""
+
+    def set_trainable(self, trainable: Sequence[bool]) -> None:
+        """
+        Freeze parameters of the worker's policy, and let others learn.
+
+        :param trainable: for each parameter whether it learns
+        """
 
     def pull(self) -> None:
         """
