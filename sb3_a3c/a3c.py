@@ -155,6 +155,7 @@ class A3C(OnPolicyAlgorithm):
         self.worker_timeout = worker_timeout
         self._collector: HogwildCollector | None = None
         self._parameters: list[th.nn.Parameter] = []  # of the policy, while workers run
+        self._optimizer: th.optim.Optimizer | None = None  # likewise
         self._pending_env_seeds: list[int | None] = []
         self._pending_env_options: list[dict[str, Any]] = []
         self._n_updates_at_start = 0
@@ -277,7 +278,7 @@ class A3C(OnPolicyAlgorithm):
         assert self._last_obs is not None
         check_arguments(vars(self))  # a callback may have changed them at the start of training
         self._n_updates_at_start = self._n_updates
-        self._parameters = list(self.policy.parameters())
+        self._parameters, self._optimizer = list(self.policy.parameters()), self.policy.optimizer
         assignment = Assignment(
             env,
             self.policy,
@@ -311,7 +312,7 @@ class A3C(OnPolicyAlgorithm):
                     self._take_over(collector)
                     collector.store.fetch_optimizer(self.policy)
                 finally:
-                    self._parameters = []
+                    self._parameters, self._optimizer = [], None
                     collector.store.close()
 
     def _take_over(self, collector: HogwildCollector) -> None:
@@ -324,10 +325,11 @@ class A3C(OnPolicyAlgorithm):
 
     def _fetch(self, collector: HogwildCollector) -> None:
         """Copy the shared parameters and the number of updates into the model."""
-        if any(mine is not old for mine, old in zip_longest(self.policy.parameters(), self._parameters)):
+        now, at_start = [self.policy.optimizer, *self.policy.parameters()], [self._optimizer, *self._parameters]
+        if any(new is not old for new, old in zip_longest(now, at_start)):
             raise ValueError(
-                "Parameters or layers of the policy were replaced while workers run, which have the old ones. Replace them "
-                "between two calls of `learn`; new values for the old ones: `model.set_parameters`."
+                "Parameters, layers or the optimizer of the policy were replaced while workers run, which use the old. "
+                "Replace them between two calls of `learn`; new values for the old ones: `model.set_parameters`."
             )
         collector.store.fetch_policy(self.policy)
         if self.use_sde:
@@ -477,7 +479,7 @@ class A3C(OnPolicyAlgorithm):
         super().set_env(env, force_reset)
 
     def _excluded_save_params(self) -> list[str]:
-        ours = ["_collector", "_parameters", "_base_seed", "_pending_env_seeds", "_pending_env_options"]
+        ours = ["_collector", "_parameters", "_optimizer", "_base_seed", "_pending_env_seeds", "_pending_env_options"]
         return [*super()._excluded_save_params(), *ours]
 
 

@@ -166,6 +166,10 @@ def with_an_unknown_parameter(policy: Any) -> None:
     policy.value_net = th.nn.Linear(64, 1)
 
 
+def with_another_optimizer(policy: Any) -> None:
+    policy.optimizer = th.optim.SGD(policy.parameters())
+
+
 def with_a_foreign_parameter(policy: Any) -> None:
     policy.optimizer.add_param_group({"params": [th.nn.Parameter(th.zeros(3))]})
 
@@ -302,6 +306,7 @@ def spoil(policy: Any) -> None:
     ("edit", "message"),
     [
         (with_an_unknown_parameter, "were replaced while workers run.*`learn`"),
+        (with_another_optimizer, "optimizer of the policy were replaced while workers run.*`learn`"),
         (lambda policy: policy.requires_grad_(False), "All parameters of the policy are frozen"),
         (spoil, "`mlp_extractor.value_net.0.bias` is NaN"),
         (lambda policy: policy.extra.requires_grad_(), "does not know `extra.weight`, `extra.bias`"),
