@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable
 from dataclasses import fields
+from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -30,13 +31,13 @@ from sb3_a3c.policies.sampling import to_env_actions
 from sb3_a3c.processes.signals import uninterrupted
 from sb3_a3c.save_util import atomic_write, check_archive
 from sb3_a3c.store.finite import check_finite
-from sb3_a3c.store.optimizer_state import check_optimizer
+from sb3_a3c.store.optimizer_state import check_optimizer, check_parameters
 from sb3_a3c.workers.assignment import Assignment
 from sb3_a3c.workers.callback_locals import can_see_observations, install
 from sb3_a3c.workers.collector import HogwildCollector
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
-_hyperparam_values = attrgetter(*(field.name for field in fields(Hyperparams)))
+_hyperparam_values = attrgetter(*(field.name for field in fields(Hyperparams)[:-1]))  # without ``trainable``
 
 
 class A3C(OnPolicyAlgorithm):
@@ -149,6 +150,8 @@ class A3C(OnPolicyAlgorithm):
         self.max_worker_restarts = max_worker_restarts
         self.worker_timeout = worker_timeout
         self._collector: HogwildCollector | None = None
+        self._parameters: list[th.nn.Parameter] = []  # of the policy, while workers run
+        self._optimizer: th.optim.Optimizer | None = None  # likewise
         self._pending_resets: tuple[list[int | None], list[dict[str, Any]]] = [], []  # seeds and options of the environments
         self._n_updates_at_start = 0
         super().__init__(
@@ -203,7 +206,9 @@ class A3C(OnPolicyAlgorithm):
         check_optimizer(self.policy.optimizer)
 
     def _hyperparams(self) -> Hyperparams:
-        return Hyperparams(*_hyperparam_values(self))
+        # to look for the parameters in all modules at each step would take longer than the rest of it
+        parameters = self._parameters or list(self.policy.parameters())
+        return Hyperparams(*(*_hyperparam_values(self), tuple([p.requires_grad for p in parameters])))
 
     def learn(
         self: SelfA3C,
@@ -267,6 +272,7 @@ class A3C(OnPolicyAlgorithm):
     def _start_workers(self, env: VecEnv, callback: BaseCallback) -> HogwildCollector:
         check_arguments(vars(self))  # a callback may have changed them at the start of training
         self._n_updates_at_start = self._n_updates
+        self._parameters, self._optimizer = list(self.policy.parameters()), self.policy.optimizer
         assignment = Assignment(
             env,
             self.policy,
@@ -295,9 +301,12 @@ class A3C(OnPolicyAlgorithm):
             try:
                 collector.stop(hurry)
             finally:
-                self._take_over(collector)
-                collector.store.fetch_optimizer(self.policy)
-                collector.store.close()
+                try:
+                    self._take_over(collector)
+                    collector.store.fetch_optimizer(self.policy)
+                finally:
+                    self._parameters, self._optimizer = [], None
+                    collector.store.close()
 
     def _take_over(self, collector: HogwildCollector) -> None:
         """Count the transitions that no callback has seen (the remainder, or those after False), and fetch the policy."""
@@ -309,6 +318,12 @@ class A3C(OnPolicyAlgorithm):
 
     def _fetch(self, collector: HogwildCollector) -> None:
         """Copy the shared parameters and the number of updates into the model."""
+        now, at_start = [self.policy.optimizer, *self.policy.parameters()], [self._optimizer, *self._parameters]
+        if any(new is not old for new, old in zip_longest(now, at_start)):
+            raise ValueError(
+                "Parameters, layers or the optimizer of the policy were replaced while workers run, which use the old. "
+                "Replace them between two calls of `learn`; new values for the old ones: `model.set_parameters`."
+            )
         collector.store.fetch_policy(self.policy)
         if self.use_sde:
             self.policy.reset_noise(self.n_envs)
@@ -369,6 +384,9 @@ class A3C(OnPolicyAlgorithm):
             check_arguments(vars(self))
             if hyperparams.take_turns != self._collector.hyperparams.take_turns:
                 raise ValueError("`take_turns` can't be changed while workers run: set it before `learn`.")
+            if hyperparams.trainable != self._collector.hyperparams.trainable:
+                check_parameters(self.policy)
+                check_finite(self.policy)
         self._collector.update_hyperparams(hyperparams)
 
     def train(self) -> None:
@@ -461,7 +479,8 @@ class A3C(OnPolicyAlgorithm):
         super().set_env(env, force_reset)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_collector", "_base_seed", "_pending_resets"]
+        ours = ["_collector", "_parameters", "_optimizer", "_base_seed", "_pending_resets"]
+        return [*super()._excluded_save_params(), *ours]
 
 
 def _make_env(env: GymEnv | str, n_workers: int | None, verbose: int) -> GymEnv:

@@ -38,6 +38,7 @@ class ActorLearner:
         self.env = env
         self.policy: ActorCriticPolicy = pickle.loads(config.policy)
         self.replica = store.replica(self.policy, config.index)
+        self._trainable = tuple(parameter.requires_grad for parameter in self.policy.parameters())
         self.actor = Actor(self.policy, env)
         self._guard = UpdateGuard(self.replica)
         self._statistics, self._timer = RolloutStatistics(), Timer()
@@ -50,6 +51,9 @@ class ActorLearner:
             self.replica.leave_turns()
             return None
         update_learning_rate(self.replica.optimizer, self.hyperparams.lr_schedule(progress_remaining))
+        if self.hyperparams.trainable != self._trainable:
+            self._trainable = self.hyperparams.trainable
+            self.replica.set_trainable(self._trainable)
         self._pull()
         rollout = self._act()
         if rollout is None:

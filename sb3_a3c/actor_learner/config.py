@@ -21,6 +21,7 @@ class Hyperparams:
     envs_per_update: int
     take_turns: bool
     lr_schedule: Schedule
+    trainable: tuple[bool, ...]  #: of each parameter of the policy whether it learns (``requires_grad``)
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,13 @@ class FeedForwardAdapter:
             actions, values, _ = policy(obs)
             return actions, values, state
         features: Any = policy.extract_features(obs)
-        for_actor, for_critic = (features, features) if policy.share_features_extractor else features
-        values = policy.value_net(policy.mlp_extractor.forward_critic(for_critic))
-        return sample_actions(policy, policy.mlp_extractor.forward_actor(for_actor)), values, state
+        if policy.share_features_extractor:
+            latent_pi, latent_vf = policy.mlp_extractor(features)
+        else:
+            latent_pi = policy.mlp_extractor.forward_actor(features[0])
+            latent_vf = policy.mlp_extractor.forward_critic(features[1])
+        values = policy.value_net(latent_vf)
+        return sample_actions(policy, latent_pi), values, state
 
     def predict_values(self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor) -> th.Tensor:
         return self.policy.predict_values(obs)

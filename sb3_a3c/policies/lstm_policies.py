@@ -191,13 +191,20 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         else:
             features = self.extract_features(obs, cache.extractor)
             latent, state = cache.record(features, state, episode_starts)
-        values = self._values(latent, features)
-        return sample_actions(self, self.mlp_extractor.forward_actor(latent)), values, state
+        latent_pi, latent_vf = self._latents(latent, features)
+        return sample_actions(self, latent_pi), self.value_net(latent_vf), state
 
     def _heads(self, latent: th.Tensor, features: th.Tensor | None) -> tuple[Distribution, th.Tensor]:
-        """As :meth:`_values` -> distribution of actions, values (batch, 1)"""
-        values = self._values(latent, features)
-        return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent)), values
+        """As :meth:`_latents` -> distribution of actions, values (batch, 1)"""
+        latent_pi, latent_vf = self._latents(latent, features)
+        return self._get_action_dist_from_latent(latent_pi), self.value_net(latent_vf)
+
+    def _latents(self, latent: th.Tensor, features: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
+        """Output of the LSTM (batch, lstm_hidden_size), and its input (batch, features_dim) -> inputs of the heads"""
+        if self.critic is None:
+            latents: tuple[th.Tensor, th.Tensor] = self.mlp_extractor(latent)
+            return latents
+        return self.mlp_extractor.forward_actor(latent), self.mlp_extractor.forward_critic(self.critic(features))
 
     def _values(self, latent: th.Tensor, features: th.Tensor | None) -> th.Tensor:
         """Output of the LSTM (batch, lstm_hidden_size), and its input (batch, features_dim) -> (batch, 1)"""

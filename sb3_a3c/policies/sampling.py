@@ -9,6 +9,8 @@ from gymnasium import spaces
 from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_a3c.policies.overrides import is_overridden
+
 
 def sample_actions(policy: ActorCriticPolicy, latent: th.Tensor) -> th.Tensor:
     """
@@ -16,8 +18,8 @@ def sample_actions(policy: ActorCriticPolicy, latent: th.Tensor) -> th.Tensor:
     ``torch.distributions`` needs for a small batch.
     """
     assert policy.action_space.shape is not None
-    get_distribution = ActorCriticPolicy._get_action_dist_from_latent
-    if type(policy)._get_action_dist_from_latent is get_distribution and type(policy.action_dist) is CategoricalDistribution:
+    own_distribution = is_overridden(policy, ActorCriticPolicy, "_get_action_dist_from_latent")
+    if type(policy.action_dist) is CategoricalDistribution and not own_distribution:
         logits: th.Tensor = policy.action_net(latent)
         if logits.sum().isfinite():  # otherwise torch.distributions raises, saying what is wrong
             # Gumbel-max: minus the logarithm of exponential noise is Gumbel noise, and logits need not be normalized

@@ -3,6 +3,7 @@ Protocols of the store of shared parameters. All other code is written against t
 an implementation.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch as th
@@ -18,6 +19,13 @@ class Replica(Protocol):
     @property
     def optimizer(self) -> th.optim.Optimizer:
         """The optimizer whose next step :meth:`push` takes; its ``param_groups`` hold this worker's learning rate."""
+
+    def set_trainable(self, trainable: Sequence[bool]) -> None:
+        """
+        Freeze parameters of the worker's policy, and let others learn.
+
+        :param trainable: for each parameter whether it learns
+        """
 
     def pull(self) -> None:
         """

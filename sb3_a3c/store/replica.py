@@ -5,6 +5,7 @@ applies the worker's gradient to them with the shared optimizer, without a lock.
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -38,7 +39,7 @@ class SharedMemoryReplica:
         for slot, parameter in zip(layout.parameters, policy.parameters(), strict=True):
             parameter.data = slot.view(self._local_bytes)
             parameter.grad = None
-            self._shared_of[parameter] = th.nn.Parameter(slot.view(flat), requires_grad=parameter.requires_grad)
+            self._shared_of[parameter] = th.nn.Parameter(slot.view(flat))
         self.optimizer = policy.optimizer
         for group in self.optimizer.param_groups:
             group["params"] = [self._shared_of[parameter] for parameter in group["params"]]
@@ -49,10 +50,16 @@ class SharedMemoryReplica:
                     assert same_order(value, shared), (value.stride(), shared.stride())
             if state:
                 self.optimizer.state[shared] = state
-        self._trainable = [(p.detach(), self._shared_of[p].detach()) for p in policy.parameters() if p.requires_grad]
+        self.set_trainable([parameter.requires_grad for parameter in policy.parameters()])
         # some buffers are infinite for good, such as masks
         self._finite_buffers = [b for b in policy.buffers() if b.is_floating_point() and all_finite([b])]
         self.pull()
+
+    def set_trainable(self, trainable: Sequence[bool]) -> None:
+        for (parameter, shared), learns in zip(self._shared_of.items(), trainable, strict=True):
+            parameter.requires_grad_(learns)
+            shared.requires_grad_(learns)
+        self._trainable = [(p.detach(), shared.detach()) for p, shared in self._shared_of.items() if p.requires_grad]
 
     def pull(self) -> None:
         self._seen_updates = self._updates_by_others()

@@ -15,7 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_a3c.store.finite import all_finite, check_finite
 from sb3_a3c.store.layout import LEFT, Counter, Layout
-from sb3_a3c.store.optimizer_state import check_optimizer, initial_state
+from sb3_a3c.store.optimizer_state import check_optimizer, check_parameters, initial_state
 from sb3_a3c.store.replica import SharedMemoryReplica
 
 #: A goal that is never reached.
@@ -30,7 +30,8 @@ class SharedMemoryStore:
     :param total_steps: transitions after which ``reserve`` grants no more
     :param steps_before: those of them that are done already
     :param share_memory: False keeps everything in this process's private memory, for one worker in this process
-    :raises ValueError: if the optimizer's ``step`` needs a closure, or a parameter is not finite
+    :raises ValueError: if the optimizer's ``step`` needs a closure, if its parameters are not the policy's, or if one of
+        these is not finite
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class SharedMemoryStore:
         share_memory: bool = True,
     ) -> None:
         check_optimizer(policy.optimizer)
+        check_parameters(policy)
         check_finite(policy)
         self._total_steps, self._steps_before = total_steps, steps_before
         state = [initial_state(policy.optimizer, parameter) for parameter in policy.parameters()]
@@ -80,7 +82,7 @@ class SharedMemoryStore:
         n_updates = self.n_updates
         state: defaultdict[th.Tensor, Any] = defaultdict(dict)
         for parameter, values in zip(policy.parameters(), self._layout.states(self._flat), strict=True):
-            if values:
+            if values and not _never_learned(policy.optimizer, parameter, values):
                 copies = {k: v.clone() if isinstance(v, th.Tensor) else v for k, v in values.items()}
                 if isinstance(copies.get("step"), int):  # each process counts for itself: add up the counts
                     copies["step"] += n_updates
@@ -108,3 +110,11 @@ class SharedMemoryStore:
         for state_slots, values in zip(self._layout.state, state, strict=True):
             for key, slot in state_slots.items():
                 slot.view(self._flat).copy_(values[key])
+
+
+def _never_learned(optimizer: th.optim.Optimizer, parameter: th.nn.Parameter, values: dict[str, Any]) -> bool:
+    """Whether a parameter is frozen and has only the state that is there for the case that a callback lets it learn."""
+    if parameter.requires_grad or optimizer.state.get(parameter):
+        return False
+    first = initial_state(optimizer, parameter)
+    return all(th.equal(value, first[key]) for key, value in values.items() if isinstance(value, th.Tensor))

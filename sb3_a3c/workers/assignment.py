@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_a3c.actor_learner.config import Hyperparams, WorkerConfig
 from sb3_a3c.envs.sharding import EnvShare, deal, split_env
 from sb3_a3c.envs.wrapper_state import FirstReset
+from sb3_a3c.policies.pickling import dump_policy
 from sb3_a3c.processes.machine import n_cores
 from sb3_a3c.store.base import ParameterStore
 
@@ -30,7 +31,7 @@ class Assignment:
         with a warning, if the environments can't be sent to others
     :param env_seeds: seeds that the environments begin with; None where one is to be derived
     :param report_obs: whether a callback can see observations
-    :raises ValueError: if the environments can't be sent to other processes
+    :raises ValueError: if the environments can't be sent to other processes, or the policy can't be copied
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Assignment:
         self.env_indices = list(shares) or [tuple(range(n_envs))]  #: of each worker
         self.n_workers = len(self.env_indices)  #: at least 1
         self.worker_of = {index: worker for worker, indices in enumerate(self.env_indices) for index in indices}
-        pickled_policy = cloudpickle.dumps(policy)
+        pickled_policy = dump_policy(policy)
         self.configs = [
             WorkerConfig(worker, derived[n_envs + worker], indices, pickled_policy, hyperparams, report_obs)
             for worker, indices in enumerate(self.env_indices)

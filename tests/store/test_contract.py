@@ -6,6 +6,7 @@ A push moves the shared parameters by exactly what torch's optimizer makes of th
 
 import io
 import math
+import pickle
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 
+from sb3_a3c.policies.pickling import dump_policy
 from sb3_a3c.store.base import ParameterStore
 from sb3_a3c.store.shared_memory import NO_GOAL, SharedMemoryStore
 from tests.store.small_policy import assert_equal, cnn, copied, make_policy, random_gradients, set_gradients
@@ -182,6 +184,68 @@ def test_frozen_parameters_stay_and_get_no_state(make_store: MakeStore) -> None:
     assert not th.equal(policy.value_net.bias, th.zeros(1))
 
 
+# torch's fused SGD can't take a step where some parameters have no momentum yet
+@pytest.mark.parametrize(("optimizer_class", "kwargs", "tolerance"), [o for o in OPTIMIZERS if o.id != "SGD-nesterov-fused"])
+def test_a_layer_that_is_frozen_and_another_that_is_let_learn_meanwhile(
+    make_store: MakeStore, optimizer_class: type[th.optim.Optimizer], kwargs: dict[str, Any], tolerance: float
+) -> None:
+    policy = make_policy(optimizer_class, kwargs)
+    never, layers = policy.value_net.bias, (cnn(policy)[0], policy.lstm)
+    never.requires_grad_(False)
+    layers[0].requires_grad_(False)
+    private, generator = copied(policy), th.Generator().manual_seed(0)
+    store = make_store(policy, n_workers=1)
+    replica = store.replica(worker_policy := copied(policy), 0)
+    for n_push in range(9):
+        if n_push % 3 == 0:  # first one layer is frozen, then the other, then the first again
+            layers[n_push // 3 % 2].requires_grad_(False)
+            layers[(n_push // 3 + 1) % 2].requires_grad_(True)
+            replica.set_trainable([parameter.requires_grad for parameter in policy.parameters()])
+        replica.pull()
+        gradients = random_gradients(policy, generator)
+        for (name, mine), theirs, g in zip(worker_policy.named_parameters(), private.parameters(), gradients, strict=True):
+            assert mine.requires_grad == policy.get_parameter(name).requires_grad
+            mine.grad, theirs.grad = (g.clone(), g.clone()) if mine.requires_grad else (None, None)
+        replica.push()
+        private.optimizer.step()
+    store.fetch_policy(policy)
+    store.fetch_optimizer(policy)
+    assert_equal(policy, private, tolerance)
+    for mine, theirs in zip(policy.parameters(), private.parameters(), strict=True):
+        state = private.optimizer.state.get(theirs, {})
+        assert policy.optimizer.state.get(mine, {}).keys() == state.keys() or not any(map(th.is_tensor, state.values()))
+        for key, value in state.items():
+            if isinstance(value, th.Tensor):
+                assert th.allclose(policy.optimizer.state[mine][key], value, atol=10 * tolerance), key
+    assert (never in policy.optimizer.state) == (private.value_net.bias in private.optimizer.state)
+
+
+def test_a_normalised_layer_is_pushed_as_a_private_one(make_store: MakeStore) -> None:
+    policy = make_policy()
+    th.nn.utils.parametrizations.spectral_norm(cnn(policy)[2])
+    th.nn.utils.parametrizations.weight_norm(policy.value_net)
+    policy.optimizer = th.optim.Adam(policy.parameters(), lr=1e-2)
+    private = pickle.loads(dump_policy(policy))
+    store = make_store(policy, n_workers=2)
+    policies = [pickle.loads(dump_policy(policy)) for _ in range(2)]
+    replicas = [store.replica(worker_policy, i) for i, worker_policy in enumerate(policies)]
+    state, starts = policy.initial_state(2), th.zeros(1, 2, dtype=th.bool)
+    for n_push in range(6):
+        replicas[n_push % 2].pull()
+        for learning in (policies[n_push % 2], private):
+            learning.optimizer.zero_grad()
+            learning.set_training_mode(True)
+            obs = th.full((2, 1, 36, 36), 20.0 * n_push)
+            values, log_prob, _ = learning.evaluate_actions(obs, th.zeros(2), state, starts)
+            (values.sum() + log_prob.sum()).backward()
+        replicas[n_push % 2].push()
+        private.optimizer.step()
+    store.fetch_policy(policy)
+    assert_equal(policy, private, 0.0)
+    for (name, mine), theirs in zip(policy.named_buffers(), private.buffers(), strict=True):
+        assert th.equal(mine, theirs), name
+
+
 def test_parameter_groups_keep_their_options(make_store: MakeStore) -> None:
     policy = make_policy()
     heads = [*policy.value_net.parameters(), *policy.action_net.parameters()]
@@ -200,7 +264,7 @@ def test_parameter_groups_keep_their_options(make_store: MakeStore) -> None:
 
 def test_module_buffers_are_shared_too(make_store: MakeStore) -> None:
     policy = make_policy()
-    cnn(policy).append(th.nn.BatchNorm1d(int(policy.features_dim)))
+    cnn(policy).append(th.nn.BatchNorm1d(int(policy.features_dim), affine=False))
     store = make_store(policy, n_workers=2)
     policies = [copied(policy) for _ in range(2)]
     replicas = [store.replica(p, i) for i, p in enumerate(policies)]
@@ -320,7 +384,7 @@ def test_a_learning_rate_is_the_workers_own(make_store: MakeStore) -> None:
 
 def test_a_discarded_gradient_is_not_pushed(make_store: MakeStore) -> None:
     policy = make_policy(th.optim.SGD)
-    cnn(policy).append(th.nn.BatchNorm1d(int(policy.features_dim)))
+    cnn(policy).append(th.nn.BatchNorm1d(int(policy.features_dim), affine=False))
     store = make_store(policy, n_workers=1)
     replica = store.replica(worker_policy := copied(policy), 0)
     set_gradients(worker_policy, [th.ones_like(p) for p in policy.parameters()])
