@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_a3c.actor_learner.config import Hyperparams
 from sb3_a3c.arguments import check_arguments, check_device, check_observation_space, check_policy, check_workers
 from sb3_a3c.envs.sharding import clone_env
-from sb3_a3c.envs.wrapper_state import pending_options, pending_seeds, unobserved
+from sb3_a3c.envs.wrapper_state import next_reset_skipped, pending_options, pending_seeds
 from sb3_a3c.policies.lstm_policies import (
     CnnLstmPolicy,
     CnnPolicy,
@@ -258,9 +258,11 @@ class A3C(OnPolicyAlgorithm):
         check_workers(self.env, self.n_workers)
         self._base_seed = int(np.random.randint(2**31))
         self._pending_env_seeds, self._pending_env_options = pending_seeds(self.env), pending_options(self.env)
-        with unobserved(self.env):  # workers reset their environments themselves
+        self._last_obs = None  # so that SB3 resets, or would: workers reset their environments themselves, once
+        with next_reset_skipped(self.env):
             result = super()._setup_learn(*args, **kwargs)
-        self.env.unwrapped._reset_seeds()  # used up, also where SB3 sees no need to reset the environment
+        self._last_original_obs = None
+        self.env.unwrapped._reset_seeds()  # used up
         self.env.unwrapped._reset_options()
         return result
 
@@ -270,7 +272,6 @@ class A3C(OnPolicyAlgorithm):
         self._current_progress_remaining = max(0.0, self._current_progress_remaining)
 
     def _start_workers(self, env: VecEnv) -> HogwildCollector:
-        assert self._last_obs is not None
         check_arguments(vars(self))  # a callback may have changed them at the start of training
         self._n_updates_at_start = self._n_updates
         assignment = Assignment(
@@ -285,7 +286,6 @@ class A3C(OnPolicyAlgorithm):
         return HogwildCollector(
             assignment,
             self.policy,
-            self._last_obs,
             steps_before=self.num_timesteps,
             total_steps=self._total_timesteps,
             start_method=self.start_method,
@@ -311,6 +311,7 @@ class A3C(OnPolicyAlgorithm):
         with uninterrupted():
             infos, dones = collector.take_leftovers()
             self.num_timesteps += len(infos)
+        self._last_obs = collector.last_obs
         self._update_info_buffer(infos, dones)
         self._fetch(collector)
 
@@ -344,6 +345,7 @@ class A3C(OnPolicyAlgorithm):
             if is_over:
                 self._take_over(self._collector)
                 break
+            self._last_obs = self._collector.last_obs  # before the step, as in A2C
             with uninterrupted():  # a step that was taken is counted
                 rewards, dones, infos, actions, new_obs = self._collector.take_step()
                 self.num_timesteps += env.num_envs

@@ -56,7 +56,7 @@ class Actor:
         self._env = NonFiniteFilter(env)
         self._n_envs = env.num_envs
         try:
-            self._obs = self._env.reset()
+            self.obs = self._env.reset()  #: (N, …), the present ones
         except BaseException:
             self.close()
             raise
@@ -92,17 +92,17 @@ class Actor:
                 return None
             if hyperparams.use_sde and hyperparams.sde_sample_freq > 0 and t % hyperparams.sde_sample_freq == 0:
                 self._policy.reset_noise(n_envs)
-            obs.append(self._obs)
+            obs.append(self.obs)
             starts.append(self._episode_starts)
             with th.no_grad():
                 action, value, self._state = self._recurrent.act(
-                    as_tensor(self._obs), self._state, self._episode_starts, **caching
+                    as_tensor(self.obs), self._state, self._episode_starts, **caching
                 )
             actions.append(action)
             values.append(value.flatten())  # (N, 1) -> (N,)
             env_actions = to_env_actions(self._policy, action.numpy())
             timer.spent("acting")
-            self._obs, rewards[t], dones[t], info = self._env.step(env_actions)
+            self.obs, rewards[t], dones[t], info = self._env.step(env_actions)
             timer.spent("stepping")
             infos.append(info)
             faulty_obs = faulty_obs | self._env.faulty_obs | self._env.faulty_ends
@@ -110,7 +110,7 @@ class Actor:
             for i in np.flatnonzero(dones[t]):
                 if info[i].get("TimeLimit.truncated", False) and info[i].get("terminal_observation") is not None:
                     terminal_values[t, i] = self._terminal_value(info[i]["terminal_observation"], int(i))
-        last_values = self._values(as_tensor(self._obs), self._state, self._episode_starts)
+        last_values = self._values(as_tensor(self.obs), self._state, self._episode_starts)
         timer.spent("acting")
         return Rollout(
             obs=stacked(obs),
@@ -124,7 +124,7 @@ class Actor:
             last_values=last_values.numpy(),
             first_state=first_state,
             episode_starts=th.stack(starts),
-            last_obs=self._obs,
+            last_obs=self.obs,
             chunks=chunks,
             caches=[None] * len(chunks) if cache is None else list(cache.chunk_caches()),
         )

@@ -27,8 +27,13 @@ def copied(obs: Any) -> Obs:
     return _map(np.array, obs)
 
 
+def row(obs: Obs, index: int) -> Any:
+    """Select the observation of one environment, (n, …) -> (…), without copying it."""
+    return {key: part[index] for key, part in obs.items()} if isinstance(obs, dict) else obs[index]
+
+
 def stacked(rows: Sequence[Any]) -> Obs:
-    """Stack the observations (N, …) of T steps: (T, N, …)."""
+    """Stack observations along a new first axis: (N, …) of T steps to (T, N, …)."""
     if isinstance(rows[0], dict):
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
     return np.stack(rows)

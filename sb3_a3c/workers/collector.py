@@ -37,6 +37,7 @@ from sb3_a3c.workers.env_proxy import EnvProxy
 from sb3_a3c.workers.in_process import InProcessWorker
 from sb3_a3c.workers.protocol import (
     EnvCall,
+    EpisodesBegun,
     FinalState,
     RolloutConsumed,
     RolloutFinished,
@@ -67,7 +68,6 @@ class HogwildCollector:
 
     :param assignment: the user's environments and seeds, dealt out to workers
     :param policy: the policy to start from, optimizer included; it stays private to this process
-    :param first_obs: (n_envs, …), observations to show until the first reports come
     :param steps_before: transitions made in earlier calls of ``learn``
     :param total_steps: goal, ``steps_before`` included
     :param start_method: as A3C's
@@ -79,7 +79,6 @@ class HogwildCollector:
         self,
         assignment: Assignment,
         policy: ActorCriticPolicy,
-        first_obs: Obs,
         steps_before: int,
         total_steps: int,
         start_method: str | None = None,
@@ -93,7 +92,7 @@ class HogwildCollector:
         has_processes = bool(assignment.shares)
         self.store: ParameterStore = SharedMemoryStore(policy, self._n_workers, total_steps, steps_before, has_processes)
         self.statistics = TrainingStatistics()
-        self._assembler = StepAssembler(first_obs, env.num_envs, MAX_ROLLOUTS_WAITING)
+        self._assembler = StepAssembler(env.num_envs, MAX_ROLLOUTS_WAITING)
         self._normalize = StatisticsMerger(env, self._n_workers)
         self._statistics_of: list[deque[RolloutStatistics]] = [deque() for _ in range(self._n_workers)]  # not consumed yet
         self._n_reported = [0] * self._n_workers  # transitions
@@ -146,6 +145,11 @@ class HogwildCollector:
                 self.statistics.add(self._statistics_of[worker].popleft())
                 self._send_ticket(worker)
         return step
+
+    @property
+    def last_obs(self) -> Obs | None:
+        """(n_envs, …), the observations after the step that was taken last; None until all environments were reset."""
+        return self._assembler.obs
 
     def update_hyperparams(self, hyperparams: Hyperparams) -> None:
         """
@@ -244,6 +248,8 @@ class HogwildCollector:
 
     def _handle(self, worker: int, message: Any) -> None:
         match message:
+            case EpisodesBegun(obs):
+                self._assembler.begin(self._assignment.env_indices[worker], obs)
             case RolloutFinished(report, deltas):
                 self._assembler.add(report)
                 self._n_reported[worker] += report.rewards.size

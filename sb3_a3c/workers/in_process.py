@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_a3c.actor_learner.actor_learner import ActorLearner
 from sb3_a3c.actor_learner.config import WorkerConfig
 from sb3_a3c.store.base import ParameterStore
-from sb3_a3c.workers.protocol import RolloutFinished, UpdateHyperparams
+from sb3_a3c.workers.protocol import EpisodesBegun, RolloutFinished, UpdateHyperparams
 
 
 class InProcessWorker:
@@ -43,7 +43,9 @@ class InProcessWorker:
         if self._received or self.finished:
             return
         with self._as_worker():
-            self._learner = self._learner or ActorLearner(*self._arguments, lambda: self._stop)
+            if self._learner is None:
+                self._learner = ActorLearner(*self._arguments, lambda: self._stop)
+                self._received.append((0, EpisodesBegun(self._learner.actor.obs)))
             report = self._learner.rollout()
         if report is None:
             self.finished = True

@@ -6,6 +6,7 @@ What crosses the border between the main process and its workers, and what the c
       UpdateHyperparams   a callback has changed some ──────────────►   from its next rollout on
       EnvCall             a method of the environments ─────────────►   answered with what it returns, or raises
       Shutdown            learning is over ─────────────────────────►   FinalState, and the process ends
+                                                                 ◄───   EpisodesBegun, once its environments are reset
                                                                  ◄───   RolloutFinished, once a rollout
                                                                  ◄───   TrainingDone, after the last; then it only serves
 
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 from sb3_a3c.actor_learner.config import Hyperparams
 from sb3_a3c.actor_learner.report import Report
 from sb3_a3c.envs.normalize import Deltas
+from sb3_a3c.envs.observations import Obs
 from sb3_a3c.envs.wrapper_state import WrapperCounts
 from sb3_a3c.errors import WorkerDiedError
 
@@ -48,6 +50,12 @@ class EnvCall(NamedTuple):
 
 class Shutdown(NamedTuple):
     """To a worker: send the final state and end."""
+
+
+class EpisodesBegun(NamedTuple):
+    """From a worker: its first message."""
+
+    obs: Obs  #: (N, …), of the first reset
 
 
 class RolloutFinished(NamedTuple):

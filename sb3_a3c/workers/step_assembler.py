@@ -1,13 +1,14 @@
 """What a callback sees: the reports of all workers, put together to steps of ``n_envs`` transitions."""
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from sb3_a3c.actor_learner.report import Report
-from sb3_a3c.envs.observations import Obs
+from sb3_a3c.envs.observations import Obs, row, stacked
 
 
 class Step(NamedTuple):
@@ -37,18 +38,25 @@ class StepAssembler:
     transitions also fill the rows of those that lag, so that no worker waits for another. The transitions of one environment
     stay in order of time.
 
-    :param first_obs: (n_envs, …), the observations before the first step
     :param n_envs: number of environments
     :param max_rollouts: of one environment, that may wait for the others, one that is begun included
     """
 
-    def __init__(self, first_obs: Obs, n_envs: int, max_rollouts: int) -> None:
+    def __init__(self, n_envs: int, max_rollouts: int) -> None:
         self.n_envs = n_envs
         self.max_rollouts = max_rollouts
         self._queues: list[deque[_Transition]] = [deque() for _ in range(n_envs)]
         self._n_rollouts = [0] * n_envs  # in each queue
-        self._new_obs = first_obs
+        self._first_obs: dict[int, tuple[int, Obs]] = {}  # by environment: its column in these observations
+        self.obs: Obs | None = None  #: (n_envs, …), after the step that was taken last; None until all have begun
         self._used_up: list[int] = []
+
+    def begin(self, env_indices: Sequence[int], obs: Obs) -> None:
+        """Add the observations (N, …) of the first reset of a worker's environments. A replaced worker's came before."""
+        for column, env_index in enumerate(env_indices):
+            self._first_obs.setdefault(env_index, (column, obs))
+        if self.obs is None and len(self._first_obs) == self.n_envs:
+            self.obs = stacked([row(obs, column) for _, (column, obs) in sorted(self._first_obs.items())])  # (n_envs, …)
 
     def add(self, report: Report) -> None:
         """Add the next rollout of a worker's environments."""
@@ -67,6 +75,8 @@ class StepAssembler:
         :param flush: no more reports will come: make steps as long as ``n_envs`` transitions are left
         :return: whether there is a next step
         """
+        if self.obs is None:
+            return False
         if all(self._queues):
             return True
         enough = flush or max(self._n_rollouts) >= self.max_rollouts
@@ -74,19 +84,20 @@ class StepAssembler:
 
     def take_step(self) -> Step:
         """:return: the next step, which :meth:`has_step` has promised"""
-        row = [(queue or max(self._queues, key=len)).popleft() for queue in self._queues]
-        ends = [(t.env_index, *t.rollout_end) for t in row if t.rollout_end is not None]
+        assert self.obs is not None
+        transitions = [(queue or max(self._queues, key=len)).popleft() for queue in self._queues]
+        ends = [(t.env_index, *t.rollout_end) for t in transitions if t.rollout_end is not None]
         if ends:
-            self._new_obs = _with_rows(self._new_obs, ends)
+            self.obs = _with_rows(self.obs, ends)
         for env_index, *_ in ends:
             self._n_rollouts[env_index] -= 1
             self._used_up.append(env_index)
         return Step(
-            rewards=np.array([transition.reward for transition in row], dtype=np.float32),
-            dones=np.array([transition.done for transition in row], dtype=bool),
-            infos=[transition.info for transition in row],
-            actions=np.stack([transition.action for transition in row]),
-            new_obs=self._new_obs,
+            rewards=np.array([transition.reward for transition in transitions], dtype=np.float32),
+            dones=np.array([transition.done for transition in transitions], dtype=bool),
+            infos=[transition.info for transition in transitions],
+            actions=np.stack([transition.action for transition in transitions]),
+            new_obs=self.obs,
         )
 
     def take_used_up(self) -> list[int]:

@@ -20,6 +20,7 @@ from sb3_a3c.store.base import ParameterStore
 from sb3_a3c.workers.env_proxy import call_env
 from sb3_a3c.workers.protocol import (
     EnvCall,
+    EpisodesBegun,
     FinalState,
     RolloutConsumed,
     RolloutFinished,
@@ -64,6 +65,7 @@ class _MainLoop:
 
     def run(self) -> None:
         """Make rollouts until there are enough, then serve until the main process says that learning is over."""
+        self.channel.send(EpisodesBegun(self.learner.actor.obs))
         while self._may_begin() and (report := self._rollout()) is not None:
             self.n_tickets -= 1
             self.channel.send(RolloutFinished(report, pop_deltas(self.env)))

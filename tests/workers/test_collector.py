@@ -38,8 +38,7 @@ def make_collector(env: VecEnv, n_workers: int | None, total_steps: int, **kwarg
     model = A3C("MlpPolicy", env, n_workers=None, **kwargs)
     n_envs = env.num_envs
     assignment = Assignment(env, model.policy, model._hyperparams(), n_workers, 0, [None] * n_envs, [{}] * n_envs)
-    obs: Any = env.reset()
-    return HogwildCollector(assignment, model.policy, obs, steps_before=0, total_steps=total_steps)
+    return HogwildCollector(assignment, model.policy, steps_before=0, total_steps=total_steps)
 
 
 @pytest.mark.parametrize("n_workers", [0, 1, 2])

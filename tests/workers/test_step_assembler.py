@@ -53,7 +53,9 @@ def report(envs: Sequence[int], begin: int, n_steps: int, dictionary: bool = Fal
 
 def assembler(n_envs: int, max_rollouts: int, dictionary: bool = False) -> StepAssembler:
     first_obs = np.stack([obs_after(env, -1) for env in range(n_envs)])
-    return StepAssembler(as_dict(first_obs) if dictionary else first_obs, n_envs, max_rollouts)
+    steps = StepAssembler(n_envs, max_rollouts)
+    steps.begin(range(n_envs), as_dict(first_obs) if dictionary else first_obs)
+    return steps
 
 
 def rows(step: Step | None) -> list[tuple[int, int]]:
@@ -236,9 +238,27 @@ def test_new_obs_is_by_environment_where_rows_are_filled(dictionary: bool) -> No
     assert_obs(step.new_obs, [obs_after(0, -1), obs_after(1, 1)])
 
 
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_steps_begin_once_all_environments_were_reset(dictionary: bool) -> None:
+    steps = StepAssembler(3, 2)
+    first_obs = [np.stack([obs_after(env, -1) for env in envs]) for envs in ([1, 2], [0])]
+    begun = [as_dict(obs) if dictionary else obs for obs in first_obs]
+    steps.begin([1, 2], begun[0])
+    for begin in (0, 1):
+        steps.add(report([1, 2], begin, 1, dictionary))
+    assert not steps.has_step() and not steps.has_step(flush=True)
+    steps.begin([0], begun[1])
+    steps.begin([0], as_dict(first_obs[1] + 1) if dictionary else first_obs[1] + 1)  # of a worker that replaces another
+    assert steps.obs is not None
+    assert_obs(steps.obs, [obs_after(env, -1) for env in range(3)])
+    assert all_steps(steps) == [[(1, 0), (1, 1), (2, 0)]]
+    assert_obs(steps.obs, [obs_after(0, -1), obs_after(1, 1), obs_after(2, 0)])
+
+
 def test_first_obs_and_last_obs_are_not_modified() -> None:
     first_obs = np.stack([obs_after(0, -1), obs_after(1, -1)])
-    steps = StepAssembler(first_obs, 2, 2)
+    steps = StepAssembler(2, 2)
+    steps.begin([0, 1], first_obs)
     reports = report([0, 1], 0, 1), report([0, 1], 1, 1)
     for one in reports:
         steps.add(one)
