@@ -42,6 +42,9 @@ class InProcessWorker:
         """As :meth:`Supervisor.wait`: make the next rollout. Ctrl-C interrupts it."""
         if self._received or self.finished:
             return
+        if self._stop and self._learner is None:
+            self.finished = True  # Ctrl-C has interrupted the first reset: it is not begun again
+            return
         with self._as_worker():
             if self._learner is None:
                 self._learner = ActorLearner(*self._arguments, lambda: self._stop)
