@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_a3c.actor_learner.config import Hyperparams
 from sb3_a3c.arguments import check_arguments, check_device, check_observation_space, check_policy, check_workers
 from sb3_a3c.envs.sharding import clone_env
-from sb3_a3c.envs.wrapper_state import pending_options, pending_seeds, unobserved
+from sb3_a3c.envs.wrapper_state import next_reset_skipped, pending_options, pending_seeds
 from sb3_a3c.policies import CnnLstmPolicy, CnnPolicy, MlpLstmPolicy, MlpPolicy, MultiInputLstmPolicy, MultiInputPolicy
 from sb3_a3c.policies.sampling import to_env_actions
 from sb3_a3c.processes.signals import uninterrupted
@@ -258,9 +258,11 @@ class A3C(OnPolicyAlgorithm):
         check_workers(self.env, self.n_workers)
         self._base_seed = int(np.random.randint(2**31))
         self._pending_resets = pending_seeds(self.env), pending_options(self.env)
-        with unobserved(self.env):  # workers reset their environments themselves
+        self._last_obs = None  # so that SB3 resets, or would: workers reset their environments themselves, once
+        with next_reset_skipped(self.env):
             result = super()._setup_learn(*args, **kwargs)
-        self.env.unwrapped._reset_seeds()  # used up, also where SB3 sees no need to reset the environment
+        self._last_original_obs = None
+        self.env.unwrapped._reset_seeds()  # used up
         self.env.unwrapped._reset_options()
         return result
 
@@ -357,6 +359,7 @@ class A3C(OnPolicyAlgorithm):
             with uninterrupted():  # a step that was taken is counted
                 step = self._collector.take_step()
                 self.num_timesteps += env.num_envs
+            self._last_obs = step.obs  # before the step, as in A2C; None if no callback can see it
             rewards, dones, infos, actions = step.rewards, step.dones, step.infos, step.actions
             clipped_actions = to_env_actions(self.policy, actions)
             values = th.as_tensor(step.values)[:, None]  # (n_envs,) -> (n_envs, 1), as in A2C
@@ -364,6 +367,7 @@ class A3C(OnPolicyAlgorithm):
                 obs_tensor, new_obs = obs_as_tensor(step.obs, self.device), step.new_obs
             callback.update_locals(locals())
             should_continue = callback.on_step()
+            self._last_obs = step.new_obs
             self._update_info_buffer(infos, dones)
             if not should_continue:
                 self._collector.drain()

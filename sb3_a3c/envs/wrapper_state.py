@@ -61,17 +61,25 @@ def begin_episodes(env: VecEnv, first_reset: FirstReset) -> VecEnv:
 
 
 @contextlib.contextmanager
-def unobserved(env: VecEnv) -> Iterator[None]:
-    """Keep a reset in this context out of ``VecNormalize``'s statistics and of videos."""
-    with contextlib.ExitStack() as stack:
-        for wrapper in wrappers(env):
-            if isinstance(wrapper, VecNormalize):
-                stack.callback(setattr, wrapper, "training", wrapper.training)
-                wrapper.training = False
-            elif isinstance(wrapper, VecVideoRecorder):
-                stack.callback(setattr, wrapper, "record_video_trigger", wrapper.record_video_trigger)
-                wrapper.record_video_trigger = lambda _: False
+def next_reset_skipped(env: VecEnv) -> Iterator[None]:
+    """Let the next call of ``env.reset`` in this context do nothing, and return None."""
+    attributes = vars(env)
+    own = {"reset": attributes["reset"]} if "reset" in attributes else {}
+    never_reset = [each for each in wrappers(env) if isinstance(each, VecNormalize) and "old_obs" not in vars(each)]
+
+    def restore() -> None:
+        attributes.pop("reset", None)
+        attributes.update(own)
+
+    attributes["reset"] = restore
+    for normalizer in never_reset:
+        vars(normalizer)["old_obs"] = None  # for SB3, which asks for it behind a reset
+    try:
         yield
+    finally:
+        restore()
+        for normalizer in never_reset:
+            vars(normalizer).pop("old_obs", None)
 
 
 def finish_videos(env: VecEnv) -> None:

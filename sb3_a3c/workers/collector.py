@@ -265,7 +265,11 @@ class HogwildCollector:
         assert isinstance(self._workers, Supervisor)
         n_waiting = len(self._statistics_of[worker])
         self._workers.replace(worker, self._assignment.arguments(self.store, worker, n_waiting))
-        warnings.warn(f"{death} It was replaced: restart {self.n_restarts} of at most {self._max_restarts}.", stacklevel=2)
+        message = f"{death} It was replaced: restart {self.n_restarts} of at most {self._max_restarts}."
+        if self._env_proxy is not None and (methods := sorted(self._env_proxy.methods)):
+            message += f" If calls of env_method changed its environments, repeat them ({', '.join(methods)}), or use"
+            message += " set_wrapper_attr, which reaches new workers too."
+        warnings.warn(message, stacklevel=2)
 
     def _send_ticket(self, worker: int) -> None:
         self._workers.send(worker, RolloutConsumed(self._normalize.pop(worker)))

@@ -33,6 +33,7 @@ class EnvProxy:
         self._env_indices = env_indices
         self._worker_of = {index: worker for worker, indices in enumerate(env_indices) for index in indices}
         self._ask = ask
+        self.methods: set[str] = set()  #: that `env_method` has called, which may have changed the workers' environments
         # on the instance, so that it is reached through whatever refers to it; its class keeps the user's methods
         for name in _PASSED_ON:
             setattr(self._base, name, getattr(self, name))
@@ -47,6 +48,8 @@ class EnvProxy:
     def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
         if method_name == "set_wrapper_attr" and isinstance(self._base, DummyVecEnv):
             type(self._base).env_method(self._base, method_name, *args, indices=indices, **kwargs)
+        if method_name not in ("get_wrapper_attr", "has_wrapper_attr", "set_wrapper_attr"):
+            self.methods.add(method_name)
         return self._call("env_method", self._base._get_indices(indices), (method_name, *args), kwargs)
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:

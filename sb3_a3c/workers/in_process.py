@@ -38,6 +38,9 @@ class InProcessWorker:
         """As :meth:`Supervisor.wait`: make the next rollout. Ctrl-C interrupts it."""
         if self._received or self.finished:
             return
+        if self._stop and self._learner is None:
+            self.finished = True  # Ctrl-C has interrupted the first reset: it is not begun again
+            return
         with self._as_worker():
             self._learner = self._learner or ActorLearner(*self._arguments, lambda: self._stop)
             report = self._learner.rollout()

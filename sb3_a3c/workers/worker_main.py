@@ -6,6 +6,7 @@ sends what.
 import contextlib
 import ctypes
 import pickle
+import time
 from typing import Any
 
 import torch as th
@@ -80,7 +81,8 @@ class _MainLoop:
             if self.n_tickets == 0:
                 self.channel.serve(self._handle, timeout=None)
             elif self.learner.hyperparams.take_turns and not self.learner.replica.is_my_turn():
-                self.channel.serve(self._handle, timeout=TURN_SECONDS)
+                if not self.channel.serve(self._handle):
+                    time.sleep(TURN_SECONDS)  # not as a timeout: Python 3.11's SimpleQueue can wait for ever with a tiny one
             elif not self.channel.serve(self._handle):
                 return True
         return False

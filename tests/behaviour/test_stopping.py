@@ -323,4 +323,7 @@ def test_ctrl_c_while_a_thread_trains(case: str, kind: str, tmp_path: Path) -> N
         found = running.found()
         if case == "thread":
             check(found, "KeyboardInterrupt")
-    assert (running.process.returncode, running.stderr) == (0, "")
+    if case == "thread":
+        assert (running.process.returncode, running.stderr) == (0, "")
+    else:  # Python before 3.14 aborts a program that ends while such a thread is in torch, with A2C too
+        assert running.process.returncode in (0, -signal.SIGABRT)
