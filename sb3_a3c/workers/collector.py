@@ -167,7 +167,6 @@ class HogwildCollector:
     def stop(self, hurry: threading.Event) -> None:
         """End the workers, at once if ``hurry`` is set, and free what they used. Store and leftovers stay readable."""
         self._is_ending = True
-        allow_raw_values(self._env)
         if self._env_proxy is not None:
             self._env_proxy.remove()
             th.set_num_threads(self._n_threads)
@@ -204,6 +203,7 @@ class HogwildCollector:
         return LONG_STOP_SECONDS if records or isinstance(self._env.unwrapped, SubprocVecEnv) else STOP_SECONDS
 
     def _take_environments_back(self, hurry: threading.Event) -> None:
+        allow_raw_values(self._env)
         continue_from(self._env, list(self._wrapper_counts.values()))
         base = self._env.unwrapped
         if not isinstance(base, SubprocVecEnv):

@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.actor_learner.actor_learner import ActorLearner
 from sb3_a3c.actor_learner.config import WorkerConfig
+from sb3_a3c.envs.normalize import refuse_raw_values
 from sb3_a3c.store.base import ParameterStore
 from sb3_a3c.workers.protocol import RolloutFinished, UpdateHyperparams
 
@@ -44,6 +45,7 @@ class InProcessWorker:
         with self._as_worker():
             self._learner = self._learner or ActorLearner(*self._arguments, lambda: self._stop)
             report = self._learner.rollout()
+        refuse_raw_values(self._arguments[1])  # those of the rollout's last step
         if report is None:
             self.finished = True
         else:

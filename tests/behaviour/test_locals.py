@@ -1,5 +1,6 @@
 """What a callback reads belongs to its row, or is not there and says why."""
 
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -159,8 +160,15 @@ def test_raw_values_of_vec_normalize_are_refused_while_workers_run(n_workers: in
             for read in (env.get_original_reward, env.get_original_obs):
                 with pytest.raises(RuntimeError, match=r"does not have the raw values.*`info`"):
                     read()
+            loaded = pickle.loads(pickle.dumps(env))  # as callbacks save it
+            assert loaded.get_original_reward().shape == loaded.get_original_obs().shape == (0,)
             return False
 
+    def read_later(local: dict[str, Any], _: dict[str, Any]) -> bool:
+        return local["n_steps"] < 4 or bool(env.get_original_obs())
+
+    with pytest.raises(RuntimeError, match="does not have the raw values"):
+        A3C("MlpPolicy", env, n_workers=n_workers, n_steps=5).learn(100, read_later)
     A3C("MlpPolicy", env, n_workers=n_workers).learn(100, Raw())
     env.reset()
     assert env.get_original_obs().shape == (2, 3)  # type: ignore[union-attr]
