@@ -292,7 +292,7 @@ def episodes(folder: Path) -> set[tuple[float, ...]]:
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         for line in lines[2:]:
             score, length, seconds = map(float, line.split(","))
-            found.add((round(json.loads(lines[0][1:])["t_start"] + seconds, 3), score, length))
+            found.add((round(json.loads(lines[0][1:])["t_start"] + seconds, 6), score, length))
     return found
 
 
