@@ -96,7 +96,6 @@ class HogwildCollector:
         self.n_restarts = 0
         self._is_ending = False
         self._env_proxy: EnvProxy | None = None
-        refuse_raw_values(env)
         self._n_threads = th.get_num_threads()
         self._workers: Workers
         if has_processes:
@@ -107,6 +106,7 @@ class HogwildCollector:
         else:
             env = begin_episodes(env, self._assignment.first_reset)
             self._workers = InProcessWorker(self._assignment.configs[0], env, self.store)
+        refuse_raw_values(self._env)  # only now: where a start fails, nothing is left to be undone
 
     def _start_processes(self, supervisor: Supervisor) -> None:
         try:
