@@ -80,11 +80,10 @@ class _MainLoop:
         while not (self.channel.stopped() or self.shutdown):
             if self.n_tickets == 0:
                 self.channel.serve(self._handle, timeout=None)
-            elif self.learner.hyperparams.take_turns and not self.learner.replica.is_my_turn():
-                if not self.channel.serve(self._handle):
-                    time.sleep(TURN_SECONDS)  # not as a timeout: Python 3.11's SimpleQueue can wait for ever with a tiny one
             elif not self.channel.serve(self._handle):
-                return True
+                if not self.learner.hyperparams.take_turns or self.learner.replica.is_my_turn():
+                    return True
+                time.sleep(TURN_SECONDS)  # not a timeout of `serve`: with a tiny one, Python 3.11's SimpleQueue can hang
         return False
 
     def _handle(self, message: Any) -> Any:
