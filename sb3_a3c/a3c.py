@@ -23,7 +23,15 @@ from stable_baselines3.common.utils import obs_as_tensor, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.actor_learner.config import Hyperparams
-from sb3_a3c.arguments import check_arguments, check_device, check_observation_space, check_policy, check_workers
+from sb3_a3c.arguments import (
+    check_arguments,
+    check_device,
+    check_observation_space,
+    check_policy,
+    check_rate,
+    check_total_timesteps,
+    check_workers,
+)
 from sb3_a3c.envs.sharding import clone_env
 from sb3_a3c.envs.wrapper_state import next_reset_skipped, pending_options, pending_seeds
 from sb3_a3c.policies import CnnLstmPolicy, CnnPolicy, MlpLstmPolicy, MlpPolicy, MultiInputLstmPolicy, MultiInputPolicy
@@ -224,7 +232,7 @@ class A3C(OnPolicyAlgorithm):
         that was learned.
 
         :param total_timesteps: The total number of timesteps (agent steps, over all workers). It is exceeded by
-            at most one rollout per worker
+            at most one rollout per worker. Infinity: until a callback returns False
         :param callback: callback(s) called once every ``n_envs`` timesteps with state of the algorithm
         :param log_interval: number of iterations (of ``n_steps * n_envs`` timesteps) before logging
         :param tb_log_name: the name of the run for TensorBoard logging
@@ -239,9 +247,15 @@ class A3C(OnPolicyAlgorithm):
         """
         if self._collector is not None:
             raise RuntimeError("This model is already learning. A callback ends a call of `learn` by returning False.")
+        total_timesteps = check_total_timesteps(total_timesteps)
         try:
             return super().learn(
-                int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
+                total_timesteps,  # type: ignore[arg-type]  # an int, or infinity
+                callback,
+                log_interval,
+                tb_log_name,
+                reset_num_timesteps,
+                progress_bar,
             )
         finally:
             try:
@@ -289,6 +303,7 @@ class A3C(OnPolicyAlgorithm):
             self.policy,
             steps_before=self.num_timesteps,
             total_steps=self._total_timesteps,
+            learning_rate=lambda progress: check_rate("lr_schedule", self.lr_schedule, progress),
             start_method=self.start_method,
             max_restarts=self.max_worker_restarts,
             timeout=self.worker_timeout,
@@ -397,7 +412,8 @@ class A3C(OnPolicyAlgorithm):
         """Fetch what the workers have learned so far; they make the gradient steps."""
         assert self._collector is not None
         self._fetch(self._collector)
-        update_learning_rate(self.policy.optimizer, self.lr_schedule(self._current_progress_remaining))
+        if self._collector.statistics.learning_rate is not None:
+            update_learning_rate(self.policy.optimizer, self._collector.statistics.learning_rate)
 
     def dump_logs(self, iteration: int = 0) -> None:
         """
@@ -406,7 +422,8 @@ class A3C(OnPolicyAlgorithm):
         :param iteration: Current logging iteration
         """
         if self._collector is not None:
-            self.logger.record("train/learning_rate", self.lr_schedule(self._current_progress_remaining))
+            if self._collector.statistics.learning_rate is not None:
+                self.logger.record("train/learning_rate", self._collector.statistics.learning_rate)
             self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
             for key, value in self._collector.statistics.pop().items():
                 self.logger.record(key, value)

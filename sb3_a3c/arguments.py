@@ -9,6 +9,7 @@ import torch as th
 from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.envs.sharding import take_share
@@ -43,16 +44,8 @@ def check_arguments(values: Mapping[str, Any]) -> None:
         value = values.get(name, 0)
         if not (_is_number(value) and 0 <= value <= maximum):
             raise ValueError(f"`{name}` must be a number between 0 and {maximum}, not {value!r}.")
-    if not callable(lr_schedule := values.get("lr_schedule", float)):
-        raise ValueError(f"`lr_schedule` must be a function of the remaining progress (1 to 0), not {lr_schedule!r}.")
-    for name in ("learning_rate", "lr_schedule"):
-        rate = values.get(name, 0.0)
-        rate = float(rate(1.0)) if callable(rate) else rate
-        if not (_is_number(rate) and 0 <= rate < math.inf):
-            raise ValueError(
-                f"`{name}` must be a finite number and at least 0, or a function of the remaining progress (1 to 0) that "
-                f"returns one, not {rate!r}."
-            )
+    check_rate("learning_rate", values.get("learning_rate", 0.0), 1.0)
+    check_rate("lr_schedule", values.get("lr_schedule", float), 1.0)
     if not isinstance(take_turns := values.get("take_turns", False), bool | np.bool_):
         raise ValueError(f"`take_turns` must be True or False, not {take_turns!r}.")
     if (start_method := values.get("start_method")) not in (None, "forkserver", "spawn"):
@@ -69,6 +62,26 @@ def check_arguments(values: Mapping[str, Any]) -> None:
                 f"`{name}` must be None, not {values[name]!r}: A3C has no rollout buffer, each worker learns from its "
                 "rollout at once."
             )
+
+
+def check_rate(name: str, schedule: float | Schedule, progress_remaining: float) -> float:
+    """Return a learning rate at this progress (1 to 0). Raise a ValueError if it isn't finite, or is negative."""
+    if name == "lr_schedule" and not callable(schedule):
+        raise ValueError(f"`lr_schedule` must be a function of the remaining progress (1 to 0), not {schedule!r}.")
+    rate = float(schedule(progress_remaining)) if callable(schedule) else schedule
+    if not (_is_number(rate) and 0 <= rate < math.inf):
+        raise ValueError(
+            f"`{name}` must be a finite number and at least 0, or a function of the remaining progress (1 to 0) that "
+            f"returns one, not {rate!r}."
+        )
+    return float(rate)
+
+
+def check_total_timesteps(total_timesteps: Any) -> float:
+    """Return a whole number of timesteps, or infinity; raise a ValueError for anything else."""
+    if not (_is_number(total_timesteps) and total_timesteps > -math.inf):  # nan compares false
+        raise ValueError(f"`total_timesteps` must be a number of timesteps, not {total_timesteps!r}.")
+    return total_timesteps if total_timesteps == math.inf else int(total_timesteps)
 
 
 def check_policy(policy: Any, aliases: Collection[str]) -> None:

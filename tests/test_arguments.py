@@ -184,3 +184,10 @@ def test_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert capsys.readouterr().out == ""
     assert check_device("auto", 1) == th.device("cpu")
     assert "There is a GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("total", ["1000", None, math.nan, -math.inf, [10]])
+def test_total_timesteps(total: Any) -> None:
+    model = A3C("MlpPolicy", "CartPole-v1", n_workers=0)
+    with pytest.raises(ValueError, match=r"`total_timesteps` must be a number of timesteps, not "):
+        model.learn(total)

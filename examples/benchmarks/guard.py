@@ -67,13 +67,13 @@ def main() -> None:
     channel = WorkerChannel(None, queue.SimpleQueue(), th.zeros(2, dtype=th.int64), 0)  # type: ignore[arg-type]
     learner = ActorLearner(config, model.env, SharedMemoryStore(model.policy, 1), channel.works)  # type: ignore[arg-type]
     for _ in range(5):  # torch warms up
-        learner.rollout()
+        learner.rollout(model.lr_schedule(1.0))
         channel.rests()
     spent.clear()
     seconds = []
     for _ in range(args.rollouts):
         begin = time.perf_counter()
-        learner.rollout()
+        learner.rollout(model.lr_schedule(1.0))
         channel.rests()
         seconds.append(time.perf_counter() - begin)
     env.close()

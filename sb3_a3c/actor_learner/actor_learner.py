@@ -43,14 +43,14 @@ class ActorLearner:
         self._guard = UpdateGuard(self.replica)
         self._statistics, self._timer = RolloutStatistics(), Timer()
 
-    def rollout(self) -> Report | None:
+    def rollout(self, learning_rate: float) -> Report | None:
         """An iteration of Algorithm S3's outer loop. None when enough transitions are reserved, or after a stop."""
-        self._statistics, self._timer = RolloutStatistics(), Timer()
+        self._statistics, self._timer = RolloutStatistics(learning_rate=learning_rate), Timer()
         n_transitions = self.hyperparams.n_steps * self.env.num_envs
-        if self.should_stop() or (progress_remaining := self.replica.reserve(n_transitions)) is None:
+        if self.should_stop() or not self.replica.reserve(n_transitions):
             self.replica.leave_turns()
             return None
-        update_learning_rate(self.replica.optimizer, self.hyperparams.lr_schedule(progress_remaining))
+        update_learning_rate(self.replica.optimizer, learning_rate)
         if self.hyperparams.trainable != self._trainable:
             self._trainable = self.hyperparams.trainable
             self.replica.set_trainable(self._trainable)

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from stable_baselines3.common.type_aliases import Schedule
-
 
 @dataclass(frozen=True)
 class Hyperparams:
@@ -20,7 +18,6 @@ class Hyperparams:
     sde_sample_freq: int
     envs_per_update: int
     take_turns: bool
-    lr_schedule: Schedule
     trainable: tuple[bool, ...]  #: of each parameter of the policy whether it learns (``requires_grad``)
 
 

@@ -28,6 +28,7 @@ class RolloutStatistics:
     grad_norm: float = 0.0  #: sums over updates, before clipping
     staleness: int = 0
     skipped_updates: int = 0  #: updates dropped because something was not finite
+    learning_rate: float = 0.0  #: of all updates of the rollout
     fault: str = ""  #: what was not finite, at the last of them
     seconds: dict[str, float] = field(default_factory=dict)  #: spent on each of :data:`ACTIVITIES`
 

@@ -46,11 +46,11 @@ class Replica(Protocol):
     def discard(self) -> None:
         """Clear the gradient of the worker's policy, and reset its module buffers to the shared ones."""
 
-    def reserve(self, n_transitions: int) -> float | None:
+    def reserve(self, n_transitions: int) -> bool:
         """
         Announce a rollout before it begins, so that all workers together exceed the goal by one rollout each at most.
 
-        :return: the progress remaining after it, from 1 to 0, as schedules take it; None if the goal is reserved already
+        :return: whether it may begin; False if the goal is reserved already
         """
 
     def is_my_turn(self) -> bool:

@@ -96,12 +96,12 @@ class SharedMemoryReplica:
         self._policy.zero_grad()
         self._pull_buffers()
 
-    def reserve(self, n_transitions: int) -> float | None:
+    def reserve(self, n_transitions: int) -> bool:
         reserved = self._counters[:, Counter.RESERVED]
         if self._steps_before + int(reserved.sum()) >= self._total_steps:
-            return None
+            return False
         reserved[self._worker] += n_transitions
-        return max(0.0, 1.0 - (self._steps_before + int(reserved.sum())) / self._total_steps)
+        return True
 
     def is_my_turn(self) -> bool:
         turns, me = self._counters[:, Counter.TURNS], self._worker

@@ -61,13 +61,17 @@ class Assignment:
             for worker, indices in enumerate(self.env_indices)
         ]
 
-    def arguments(self, store: ParameterStore, worker: int, n_waiting: int = 0) -> tuple[Any, ...]:
-        """The arguments of ``run_worker`` after the channel; ``n_waiting``: rollouts of its predecessor not yet consumed."""
-        config = self.configs[worker]
+    def arguments(self, store: ParameterStore, worker: int) -> tuple[Any, ...]:
+        """The arguments of ``run_worker`` after the channel."""
+        return store, self.shares[worker], cloudpickle.dumps(self.configs[worker])
+
+    def n_tickets(self, worker: int) -> int:
+        """Number of rollouts that a worker may begin before the first of them is consumed."""
+        if not self.shares:  # in this process, which does one thing after another
+            return 1
         # with short rollouts, those of one worker must be able to fill a whole step
-        n_tickets = MAX_ROLLOUTS_WAITING + 1
-        n_tickets += self.env.num_envs // (config.hyperparams.n_steps * len(config.env_indices))
-        return store, self.shares[worker], max(0, n_tickets - n_waiting), cloudpickle.dumps(config)
+        config = self.configs[worker]
+        return MAX_ROLLOUTS_WAITING + 1 + self.env.num_envs // (config.hyperparams.n_steps * len(config.env_indices))
 
     def renew(self, worker: int, n_restarts: int, hyperparams: Hyperparams) -> None:
         """

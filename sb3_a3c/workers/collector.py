@@ -30,16 +30,16 @@ from sb3_a3c.processes.machine import n_cores
 from sb3_a3c.processes.signals import uninterrupted
 from sb3_a3c.processes.supervisor import Supervisor
 from sb3_a3c.store.base import ParameterStore
-from sb3_a3c.store.shared_memory import SharedMemoryStore
+from sb3_a3c.store.shared_memory import NO_GOAL, SharedMemoryStore
 from sb3_a3c.workers.assignment import MAX_ROLLOUTS_WAITING, Assignment
 from sb3_a3c.workers.env_proxy import EnvProxy
 from sb3_a3c.workers.in_process import InProcessWorker
 from sb3_a3c.workers.protocol import (
     EnvCall,
     FinalState,
-    RolloutConsumed,
     RolloutFinished,
     Shutdown,
+    Ticket,
     TrainingDone,
     UpdateHyperparams,
     Workers,
@@ -66,7 +66,8 @@ class HogwildCollector:
 
     :param policy: the policy to start from, optimizer included; it stays private to this process
     :param steps_before: transitions made in earlier calls of ``learn``
-    :param total_steps: goal, ``steps_before`` included
+    :param total_steps: goal, ``steps_before`` included; may be infinite
+    :param learning_rate: of the remaining progress (1 to 0); called for each rollout, in this process
     """
 
     def __init__(
@@ -74,7 +75,8 @@ class HogwildCollector:
         assignment: Assignment,
         policy: ActorCriticPolicy,
         steps_before: int,
-        total_steps: int,
+        total_steps: float,
+        learning_rate: Callable[[float], float],
         start_method: str | None = None,
         max_restarts: int = 0,
         timeout: float | None = None,
@@ -84,12 +86,19 @@ class HogwildCollector:
         self._assignment = assignment
         self._n_workers = assignment.n_workers
         has_processes = bool(assignment.shares)
-        self.store: ParameterStore = SharedMemoryStore(policy, self._n_workers, total_steps, steps_before, has_processes)
+        self.store: ParameterStore = SharedMemoryStore(
+            policy, self._n_workers, int(min(total_steps, NO_GOAL)), steps_before, has_processes
+        )
         self.statistics = TrainingStatistics()
         self._assembler = StepAssembler(env.num_envs, MAX_ROLLOUTS_WAITING)
         self._normalize = StatisticsMerger(env, self._n_workers)
         self._statistics_of: list[deque[RolloutStatistics]] = [deque() for _ in range(self._n_workers)]  # not consumed yet
         self._n_reported = [0] * self._n_workers  # transitions
+        self._steps_before, self._total_steps, self._learning_rate = steps_before, total_steps, learning_rate
+        self._n_tickets = [0] * self._n_workers  # whose rollouts have not been reported
+        n_tickets = [assignment.n_tickets(worker) for worker in range(self._n_workers)]
+        # workers that get a ticket next; at first in rounds, as workers that keep pace begin their rollouts
+        self._due = [worker for number in range(max(n_tickets)) for worker, n in enumerate(n_tickets) if number < n]
         self._done: set[int] = set()  # workers that make no more rollouts
         self._wrapper_counts: dict[int, WrapperCounts] = {}  # of workers that have sent their final state
         self._max_restarts = max_restarts
@@ -123,11 +132,14 @@ class HogwildCollector:
         Return whether there is a next step; False when all workers have finished and all steps were taken. Raise what a
         worker raised, or a WorkerDiedError.
         """
-        while not self._assembler.has_step(flush=self._all_done):
+        while True:
+            while self._due:  # only now: callbacks of the last step may have changed what a schedule reads
+                self._send_ticket(self._due.pop(0))
+            if self._assembler.has_step(flush=self._all_done):
+                return True
             if self._all_done:
                 return False
             self._receive()
-        return True
 
     def take_step(self) -> Step:
         """Return the next step of all environments, after :meth:`wait_for_step` has returned True."""
@@ -137,7 +149,7 @@ class HogwildCollector:
             # its other environments' rollouts are used up with this one, or soon
             if env_index == self._assignment.env_indices[worker][0]:
                 self.statistics.add(self._statistics_of[worker].popleft())
-                self._send_ticket(worker)
+                self._due.append(worker)
         return step
 
     def update_hyperparams(self, hyperparams: Hyperparams) -> None:
@@ -234,6 +246,7 @@ class HogwildCollector:
                 case RolloutFinished(report, deltas):
                     self._assembler.add(report)
                     self._n_reported[worker] += report.rewards.size
+                    self._n_tickets[worker] -= 1
                     self._statistics_of[worker].append(report.statistics)
                     self._normalize.merge(worker, deltas)
                     self.statistics.warn_of_skipped(report.statistics)
@@ -263,8 +276,10 @@ class HogwildCollector:
         self._normalize.pop(worker)  # the user's statistics travel with the environments, and include these
         self._done.discard(worker)
         assert isinstance(self._workers, Supervisor)
-        n_waiting = len(self._statistics_of[worker])
-        self._workers.replace(worker, self._assignment.arguments(self.store, worker, n_waiting))
+        self._workers.replace(worker, self._assignment.arguments(self.store, worker))
+        self._n_tickets[worker] = 0
+        n_tickets = self._assignment.n_tickets(worker) - len(self._statistics_of[worker])  # of its predecessor, not consumed
+        self._due = [other for other in self._due if other != worker] + [worker] * n_tickets
         message = f"{death} It was replaced: restart {self.n_restarts} of at most {self._max_restarts}."
         if self._env_proxy is not None and (methods := sorted(self._env_proxy.methods)):
             message += f" If calls of env_method changed its environments, repeat them ({', '.join(methods)}), or use"
@@ -272,7 +287,14 @@ class HogwildCollector:
         warnings.warn(message, stacklevel=2)
 
     def _send_ticket(self, worker: int) -> None:
-        self._workers.send(worker, RolloutConsumed(self._normalize.pop(worker)))
+        """Let a worker begin one more rollout, with the learning rate for the progress at its end."""
+        self._n_tickets[worker] += 1
+        n_begun = sum(self._n_reported) + sum(
+            self.hyperparams.n_steps * len(indices) * n
+            for indices, n in zip(self._assignment.env_indices, self._n_tickets, strict=True)
+        )
+        learning_rate = self._learning_rate(max(0.0, 1 - (self._steps_before + n_begun) / self._total_steps))
+        self._workers.send(worker, Ticket(learning_rate, self._normalize.pop(worker)))
 
     def _ask_envs(self, calls: Mapping[int, EnvCall]) -> dict[int, Any]:
         return self._workers.ask(calls, self._replace)

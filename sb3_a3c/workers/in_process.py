@@ -14,7 +14,7 @@ from sb3_a3c.actor_learner.actor_learner import ActorLearner
 from sb3_a3c.actor_learner.config import WorkerConfig
 from sb3_a3c.envs.normalize import refuse_raw_values
 from sb3_a3c.store.base import ParameterStore
-from sb3_a3c.workers.protocol import RolloutFinished, UpdateHyperparams
+from sb3_a3c.workers.protocol import RolloutFinished, Ticket, UpdateHyperparams
 
 
 class InProcessWorker:
@@ -27,6 +27,7 @@ class InProcessWorker:
         self._stop = False
         self.finished = False
         self._received: list[tuple[int, Any]] = []
+        self._learning_rate = 0.0  # of the next rollout
         self._random_state = _random_state()
         self._arguments = config, env, store
         self._learner: ActorLearner | None = None  # made where Ctrl-C may interrupt the environments' first reset
@@ -44,7 +45,7 @@ class InProcessWorker:
             return
         with self._as_worker():
             self._learner = self._learner or ActorLearner(*self._arguments, lambda: self._stop)
-            report = self._learner.rollout()
+            report = self._learner.rollout(self._learning_rate)
         refuse_raw_values(self._arguments[1])  # those of the rollout's last step
         if report is None:
             self.finished = True
@@ -57,7 +58,9 @@ class InProcessWorker:
         return received
 
     def send(self, index: int, message: Any) -> None:
-        if isinstance(message, UpdateHyperparams) and self._learner is not None:
+        if isinstance(message, Ticket):
+            self._learning_rate = message.learning_rate  # there is one rollout for each ticket
+        elif isinstance(message, UpdateHyperparams) and self._learner is not None:
             self._learner.hyperparams = message.hyperparams  # the VecNormalize is the user's own
 
     def ask(self, requests: Mapping[int, Any], on_death: Any = None) -> dict[int, Any]:

@@ -2,15 +2,17 @@
 The messages between the main process and its workers, and what the collector asks of them::
 
     main process                                                       worker
-      RolloutConsumed     a ticket; what others' VecNormalize saw ──►   one more rollout may be reported
+      Ticket              learning rate; others' statistics ────────►   one more rollout may begin
       UpdateHyperparams   a callback has changed some ──────────────►   from its next rollout on
       EnvCall             a method of the environments ─────────────►   answered with what it returns, or raises
       Shutdown            learning is over ─────────────────────────►   FinalState, and the process ends
                                                                  ◄───   RolloutFinished, once a rollout
                                                                  ◄───   TrainingDone, after the last; then it only serves
 
-A worker begins with some tickets and spends one on each report. Without a ticket it waits, and serves meanwhile. So it runs
-ahead of the callbacks by a bounded number of rollouts, and a call to the environments never waits for a callback.
+A worker spends a ticket on each rollout. It gets some at its start, and one for each of its rollouts that callbacks have
+seen. Without a ticket it waits, and serves meanwhile. So it runs ahead of the callbacks by a bounded number of rollouts, and
+a call to the environments never waits for a callback. Schedules are evaluated in the main process, where they may read
+anything.
 """
 
 import threading
@@ -24,9 +26,10 @@ from sb3_a3c.envs.wrapper_state import WrapperCounts
 from sb3_a3c.errors import WorkerDiedError
 
 
-class RolloutConsumed(NamedTuple):
-    """To a worker: a ticket, because one of its reports was consumed."""
+class Ticket(NamedTuple):
+    """To a worker: it may begin one more rollout."""
 
+    learning_rate: float  #: of that rollout
     deltas: Deltas  #: what other workers' ``VecNormalize`` saw
 
 

@@ -14,11 +14,12 @@ class TrainingStatistics:
     def __init__(self) -> None:
         self.pool = RolloutStatistics()
         self.skipped_updates = 0  #: since the start; the other figures cover the time since the last ``pop``
+        self.learning_rate: float | None = None  #: of the last rollout that was added
         self._has_warned = False
 
     def add(self, new: RolloutStatistics) -> None:
         """Add those of one rollout."""
-        pool = self.pool
+        pool, self.learning_rate = self.pool, new.learning_rate
         self.skipped_updates += new.skipped_updates
         for name in _SUMS:
             setattr(pool, name, getattr(pool, name) + getattr(new, name))

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import pickle
 import time
+from collections import deque
 from typing import Any
 
 import torch as th
@@ -22,9 +23,9 @@ from sb3_a3c.workers.env_proxy import call_env
 from sb3_a3c.workers.protocol import (
     EnvCall,
     FinalState,
-    RolloutConsumed,
     RolloutFinished,
     Shutdown,
+    Ticket,
     TrainingDone,
     UpdateHyperparams,
 )
@@ -33,17 +34,14 @@ from sb3_a3c.workers.protocol import (
 TURN_SECONDS = 1e-4
 
 
-def run_worker(channel: WorkerChannel, store: ParameterStore, share: EnvShare, n_tickets: int, config: bytes) -> None:
-    """
-    Body of a worker process, which may report ``n_tickets`` rollouts before the first of them is consumed. ``config`` is a
-    pickled :class:`WorkerConfig`.
-    """
+def run_worker(channel: WorkerChannel, store: ParameterStore, share: EnvShare, config: bytes) -> None:
+    """Body of a worker process. ``config`` is a pickled :class:`WorkerConfig`."""
     th.set_num_threads(1)  # there are as many learners as cores: more threads would only compete
     keep_freed_memory()
     env = share.open()
     try:
         record_deltas(env)
-        _MainLoop(channel, ActorLearner(pickle.loads(config), env, store, channel.works), n_tickets).run()
+        _MainLoop(channel, ActorLearner(pickle.loads(config), env, store, channel.works)).run()
     finally:
         env.close()
 
@@ -51,17 +49,16 @@ def run_worker(channel: WorkerChannel, store: ParameterStore, share: EnvShare, n
 class _MainLoop:
     """Rollouts, and what is served between them."""
 
-    def __init__(self, channel: WorkerChannel, learner: ActorLearner, n_tickets: int) -> None:
+    def __init__(self, channel: WorkerChannel, learner: ActorLearner) -> None:
         self.channel = channel
         self.learner = learner
         self.env = learner.env
-        self.n_tickets = n_tickets
+        self.learning_rates: deque[float] = deque()  # of its tickets
         self.shutdown = False
 
     def run(self) -> None:
         """Make rollouts until there are enough, then serve until the main process says that learning is over."""
         while self._may_begin() and (report := self._rollout()) is not None:
-            self.n_tickets -= 1
             self.channel.send(RolloutFinished(report, pop_deltas(self.env)))
         self.channel.send(TrainingDone())
         while not self.shutdown:
@@ -71,14 +68,14 @@ class _MainLoop:
     def _rollout(self) -> Report | None:
         """A rollout, with a heartbeat at each step. A worker that waits for a ticket, its turn or a reader is not hung."""
         try:
-            return self.learner.rollout()
+            return self.learner.rollout(self.learning_rates.popleft())
         finally:
             self.channel.rests()
 
     def _may_begin(self) -> bool:
         """Serve all that waits, until there is a ticket and it is this worker's turn. False once a stop is requested."""
         while not (self.channel.stopped() or self.shutdown):
-            if self.n_tickets == 0:
+            if not self.learning_rates:
                 self.channel.serve(self._handle, timeout=None)
             elif not self.channel.serve(self._handle):
                 if not self.learner.hyperparams.take_turns or self.learner.replica.is_my_turn():
@@ -88,8 +85,8 @@ class _MainLoop:
 
     def _handle(self, message: Any) -> Any:
         match message:
-            case RolloutConsumed(deltas):
-                self.n_tickets += 1
+            case Ticket(learning_rate, deltas):
+                self.learning_rates.append(learning_rate)
                 merge_deltas(self.env, deltas)
             case UpdateHyperparams(hyperparams, normalization):
                 self.learner.hyperparams = hyperparams

@@ -138,8 +138,9 @@ def test_values(n_workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for row in rows:
         assert all(np.isfinite(value) for value in row.values())
         n_timesteps = row["time/total_timesteps"]
-        if n_timesteps <= total:
-            assert row["train/learning_rate"] == pytest.approx(1e-3 * (1 - n_timesteps / total))
+        used = row["train/learning_rate"]  # by the last rollout that callbacks have seen
+        tolerance = 1e-9 if n_workers == 0 else 1e-3 * 5 * 80 / total  # of two workers one may be ahead
+        assert used == pytest.approx(1e-3 * max(0.0, 1 - n_timesteps / total), abs=tolerance)
         assert -math.log(2) - 1e-6 <= row["train/entropy_loss"] < 0  # two actions
         assert row["train/value_loss"] > 0
         assert row["train/explained_variance"] <= 1

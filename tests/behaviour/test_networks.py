@@ -289,7 +289,7 @@ def test_a_worker_in_the_place_of_a_dead_one_has_the_frozen_parameters_of_now() 
     before, store = copied(model.policy), SharedMemoryStore(model.policy, 1, share_memory=False)
     config = dataclasses.replace(config, hyperparams=model._hyperparams())  # as ``Assignment.renew`` does
     learner = ActorLearner(config, model.env, store, lambda: False)  # type: ignore[arg-type]
-    learner.rollout()
+    learner.rollout(learning_rate=1e-3)
     store.fetch_policy(model.policy)
     learner.close()
     assert changed(before, copied(model.policy)) >= {"value_net.weight", "value_net.bias"}

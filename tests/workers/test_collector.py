@@ -40,7 +40,7 @@ def make_collector(env: VecEnv, n_workers: int | None, total_steps: int, **kwarg
     n_envs = env.num_envs
     assignment = Assignment(env, model.policy, model._hyperparams(), n_workers, 0, [None] * n_envs, [{}] * n_envs)
     env.reset()
-    return HogwildCollector(assignment, model.policy, steps_before=0, total_steps=total_steps)
+    return HogwildCollector(assignment, model.policy, 0, total_steps, learning_rate=model.lr_schedule)
 
 
 @pytest.mark.parametrize("n_workers", [0, 1, 2])

@@ -1,6 +1,8 @@
 """What workers do between rollouts: take over changes that callbacks make, wait for tickets, and serve calls."""
 
+import math
 import os
+import threading
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -11,7 +13,7 @@ import pytest
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_a3c import A3C
 from sb3_a3c.actor_learner.report import Report, RolloutStatistics
@@ -202,16 +204,18 @@ def test_workers_use_up_their_tickets_while_a_callback_blocks() -> None:
 
     def block(model: A3C) -> None:
         time.sleep(1.0)
-        seen.append((list(at.shown), env_of(model).get_attr("n_steps")))
+        in_this_step = [info["env_index"] for info in at.locals["infos"]]
+        shown_before = [n - in_this_step.count(env) for env, n in enumerate(at.shown)]
+        seen.append((shown_before, env_of(model).get_attr("n_steps")))
         time.sleep(0.3)
         assert env_of(model).env_method("add", 0) == seen[0][1]  # they wait
 
     model, at = A3C("MlpPolicy", cartpole(), n_steps=5, n_workers=2), At(22, block)
     model.learn(2000, callback=at)
-    shown, made = seen[0]
-    assert sum(shown) == 4 * 22
+    shown_before, made = seen[0]
+    assert sum(shown_before) == 4 * 21
     for env in (0, 2):  # the first of each worker
-        assert made[env] == made[env + 1] == 5 * (shown[env] // 5 + N_TICKETS)
+        assert made[env] == made[env + 1] == 5 * (shown_before[env] // 5 + N_TICKETS)
     assert 2000 <= model.num_timesteps < 2000 + 2 * 10  # training has continued
     assert sum(at.shown) == 4 * at.n_calls == 4 * (model.num_timesteps // 4)
 
@@ -299,3 +303,106 @@ def test_calls_are_served_while_waiting_for_another_workers_turn() -> None:
     assert len(answers) == 20
     assert sorted(answers)[10] < 0.1  # the other's rollout takes half a second
     assert model.num_timesteps == 80
+
+
+class Live(BaseCallback):
+    """Lowers the rate that a schedule reads at the 10th, 20th, … call, and records what the log would show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()  # can't be pickled
+        self.rate = 1.0
+        self.rates: list[float] = []  # of the rollouts, as reported
+        self.logged: list[float] = []
+
+    def schedule(self, progress_remaining: float) -> float:
+        with self.lock:
+            return self.rate
+
+    def _on_training_start(self) -> None:
+        self.rate = 1.0
+
+    def _on_rollout_start(self) -> None:
+        collector: Any = self.model._collector  # type: ignore[attr-defined]
+        if self.n_calls == 0:
+            self.add, collector.statistics.add = collector.statistics.add, self._record
+
+    def _on_step(self) -> bool:
+        if self.n_calls % 10 == 0:
+            self.rate /= 2
+        return True
+
+    def _record(self, new: RolloutStatistics) -> None:
+        self.rates.append(new.learning_rate)
+        self.add(new)
+
+    def _on_rollout_end(self) -> None:
+        self.logged.append(self.model._collector.statistics.learning_rate)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("vec_env", [DummyVecEnv, SubprocVecEnv])
+@pytest.mark.parametrize("n_workers", [0, 1, 2])
+def test_a_schedule_that_reads_changing_state_is_live(n_workers: int, vec_env: type[VecEnv]) -> None:
+    live = Live()
+    env = make_vec_env("CartPole-v1", n_envs=2, vec_env_cls=vec_env)  # type: ignore[arg-type]
+    try:
+        A3C("MlpPolicy", env, learning_rate=live.schedule, n_steps=5, n_workers=n_workers, take_turns=True).learn(80, live)
+    finally:
+        env.close()
+    n_workers = max(n_workers, 1)
+    assert len(live.rates) == 8 * n_workers
+    if live.model.n_workers == 0:  # type: ignore[attr-defined]
+        # calls 1-10 show rollouts 1 and 2, and the rate is halved before the third
+        assert live.rates == [1, 1, 1 / 2, 1 / 2, 1 / 4, 1 / 4, 1 / 8, 1 / 8]
+    else:  # a worker begins a rollout once its 4th last has been shown: rollout 6 after the 10th call
+        assert live.rates == [1] * 5 * n_workers + [1 / 2] * 2 * n_workers + [1 / 4] * n_workers
+    assert live.logged == live.rates[n_workers - 1 :: n_workers]  # what it shows was used
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_a_callback_replaces_the_schedule(n_workers: int) -> None:
+    rates: list[float] = []
+
+    class Replace(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 10:
+                self.model.lr_schedule = lambda progress: progress
+            rates.append(self.model._collector.statistics.learning_rate)  # type: ignore[attr-defined]
+            return True
+
+    model = A3C("MlpPolicy", cartpole(), learning_rate=0.51, n_steps=5, n_workers=n_workers, take_turns=True)
+    model.learn(800, Replace())
+    assert set(rates[5:10]) == {0.51}
+    assert rates[-1] == pytest.approx(0.0)
+    lowered = [rate for rate in rates if rate is not None and rate != 0.51]
+    assert lowered == sorted(lowered, reverse=True)
+    assert len(set(lowered)) == 40 - (2 if n_workers == 0 else 5)  # of 40 rollouts of each worker
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+@pytest.mark.parametrize(
+    ("late", "error"),
+    [(lambda: math.nan, "`lr_schedule` must be a finite number.*not nan"), (lambda: 1 / 0, "division by zero")],
+)
+def test_a_schedule_that_fails_ends_learn(late: Callable[[], float], error: str, n_workers: int) -> None:
+    def schedule(progress: float) -> float:
+        return 1e-3 if progress > 0.4 else late()
+
+    model = A3C("MlpPolicy", cartpole(), learning_rate=schedule, n_steps=5, n_workers=n_workers)
+    with pytest.raises((ValueError, ZeroDivisionError), match=error):
+        model.learn(400)
+    assert 0 < model.num_timesteps <= 240
+
+
+def test_learn_until_a_callback_stops() -> None:
+    model = A3C("MlpPolicy", cartpole(), n_steps=5, n_workers=2, learning_rate=lambda progress: 1e-3 * progress)
+    rates = set()
+
+    class Stop(BaseCallback):
+        def _on_step(self) -> bool:
+            rates.add(self.model._collector.statistics.learning_rate)  # type: ignore[attr-defined]
+            return self.n_calls < 50
+
+    model.learn(math.inf, Stop())
+    assert 200 <= model.num_timesteps <= 200 + 2 * 2 * 5 * (N_TICKETS + 1)
+    assert rates <= {None, 1e-3}

@@ -247,11 +247,11 @@ def test_a_new_run_does_not_continue(train: Any, continued: Path) -> None:
 def test_the_model_is_saved_if_training_raises(
     error: type[Exception], train: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rollout(self: Any) -> Any:
+    def rollout(self: Any, learning_rate: float) -> Any:
         rollouts.append(self)
         if len(rollouts) > 3:
             raise error("broken on purpose")
-        return original(self)
+        return original(self, learning_rate)
 
     rollouts: list[Any] = []
     original = actor_learner.ActorLearner.rollout
