@@ -21,6 +21,7 @@ from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_a3c import A3C
+from sb3_a3c.atari import make_ale_vec_env
 from sb3_a3c.resume import (
     carry_over_monitor_files,
     continue_evaluations,
@@ -296,7 +297,7 @@ def progress(path: Path, normalize: bool) -> Progress:
     steps = [float(state["step"]) for state in model.policy.optimizer.state.values()]
     count = 0.0
     if normalize:
-        count = load_statistics(path, make_vec_env(GAME)).ret_rms.count
+        count = load_statistics(path, make_ale_vec_env(GAME)).ret_rms.count
         # workers are ahead of the callbacks, at each checkpoint that was resumed from
         assert model.num_timesteps <= count < model.num_timesteps + 5 * SAVE_FREQ
     assert 0.8 * model._n_updates < min(steps) <= max(steps) <= model._n_updates + 10  # Hogwild may lose a few
