@@ -21,9 +21,9 @@ from sb3_a3c.atari import make_ale_vec_env
 from sb3_a3c.resume import (
     carry_over_monitor_files,
     continue_evaluations,
+    has_statistics,
+    load_statistics,
     newest_model,
-    save_with_statistics,
-    statistics_path,
 )
 
 
@@ -36,8 +36,8 @@ def full_games(env_id: str, n_envs: int, seed: int, render_mode: str = "rgb_arra
     return VecTransposeImage(env)
 
 
-def newest(folder: Path, normalize: bool = False) -> Path:
-    path = newest_model(folder, with_statistics=normalize)
+def newest(folder: Path) -> Path:
+    path = newest_model(folder)
     if path is None:
         raise SystemExit(
             f"There is no model in {folder} that can be loaded: train one first, without --resume, --play or --record."
@@ -56,8 +56,8 @@ def move_aside(folder: Path) -> None:
 
 def find_start(args: argparse.Namespace, folder: Path) -> Path:
     """The model to resume from. --normalize-reward is as it was in the earlier run."""
-    normalized = any(folder.glob("**/*_vecnormalize*.pkl"))
-    start = newest(folder, normalized)
+    start = newest(folder)
+    normalized = has_statistics(start)
     if args.normalize_reward and not normalized:
         raise SystemExit(
             f"The run in {folder} was trained without --normalize-reward: resume without it, or start a new run."
@@ -72,11 +72,7 @@ def training_env(args: argparse.Namespace, folder: Path, start: Path | None) -> 
     env = make_ale_vec_env(args.env, args.n_envs, args.seed, monitor_dir=str(folder), wrapper_kwargs=kwargs)
     if not args.normalize_reward:
         return env
-    if start:
-        return VecNormalize.load(str(statistics_path(start)), env)
-    env = VecNormalize(env, norm_obs=False)
-    env.save(str(folder / "a3c_vecnormalize_0_steps.pkl"))  # tells --resume that this run has statistics
-    return env
+    return load_statistics(start, env) if start else VecNormalize(env, norm_obs=False)
 
 
 def train(args: argparse.Namespace, folder: Path) -> None:
@@ -90,7 +86,7 @@ def train(args: argparse.Namespace, folder: Path) -> None:
     model = A3C.load(start, env, **settings) if start else A3C("CnnLstmPolicy", env, **settings)
     # callbacks are called once every n_envs timesteps
     save_freq = max(args.save_freq // args.n_envs, 1)
-    checkpoints = CheckpointCallback(save_freq, str(folder / "checkpoints"), "a3c", save_vecnormalize=True)
+    checkpoints = CheckpointCallback(save_freq, str(folder / "checkpoints"), "a3c")
     evaluation = EvalCallback(
         full_games(args.env, 4, args.seed + 1000, normalize=args.normalize_reward),
         n_eval_episodes=4,
@@ -106,7 +102,7 @@ def train(args: argparse.Namespace, folder: Path) -> None:
     try:
         model.learn(remaining, [checkpoints, evaluation], reset_num_timesteps=start is None, progress_bar=True)
     finally:  # also after Ctrl-C
-        save_with_statistics(model, folder / "model.zip")
+        model.save(folder / "model.zip")
         print(f"Saved {folder / 'model.zip'} after {model.num_timesteps} timesteps")
         env.close()
 

@@ -18,6 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import obs_as_tensor, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
@@ -37,7 +38,7 @@ from sb3_a3c.envs.wrapper_state import next_reset_skipped, pending_options, pend
 from sb3_a3c.policies import CnnLstmPolicy, CnnPolicy, MlpLstmPolicy, MlpPolicy, MultiInputLstmPolicy, MultiInputPolicy
 from sb3_a3c.policies.sampling import to_env_actions
 from sb3_a3c.processes.signals import uninterrupted
-from sb3_a3c.save_util import atomic_write, check_archive
+from sb3_a3c.save_util import add_statistics, atomic_write, check_archive
 from sb3_a3c.store.finite import check_finite
 from sb3_a3c.store.optimizer_state import check_optimizer, check_parameters
 from sb3_a3c.workers.assignment import Assignment
@@ -441,13 +442,19 @@ class A3C(OnPolicyAlgorithm):
     ) -> None:
         """
         As SB3's ``save``, but an existing file is replaced atomically: after a crash or a kill there is either the old file
-        or the new one.
+        or the new one. If the environments have a ``VecNormalize``, it is saved in the same file, for
+        :func:`sb3_a3c.resume.load_statistics`.
         """
-        save = super().save
+        content = io.BytesIO()
+        super().save(content, exclude, include)
+        if (normalize := self.get_vec_normalize_env()) is not None:
+            add_statistics(content, normalize)
         if isinstance(path, str | Path):
-            atomic_write(path, lambda file: save(file, exclude, include))
+            atomic_write(path, content.getbuffer())
         else:
-            save(path, exclude, include)
+            file = open_path(path, "w")  # checks that it can be written to
+            file.write(content.getbuffer())
+            file.flush()
 
     @classmethod
     def load(
@@ -462,6 +469,7 @@ class A3C(OnPolicyAlgorithm):
     ) -> SelfA3C:
         """
         As SB3's ``load``. Parts of the file are pickled, and unpickling can run any code: load only files that you trust.
+        ``env`` is not wrapped: for a ``VecNormalize`` in the file, pass ``sb3_a3c.resume.load_statistics(path, env)``.
 
         :raises ValueError: if the file is damaged or was saved by another algorithm, or if an argument is bad
         """

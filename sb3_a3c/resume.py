@@ -1,12 +1,11 @@
 """
-Resume a run in its folder, also one that was killed: the newest model that loads, its ``VecNormalize`` statistics,
+Resume a run in its folder, also one that was killed: the newest model that loads, its statistics for ``VecNormalize``,
 monitor files and evaluations. ``examples/train_atari.py`` shows how to use it.
 """
 
+import io
 import json
 import math
-import pickle
-import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -14,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_a3c.a3c import A3C
-from sb3_a3c.save_util import atomic_write
+from sb3_a3c.save_util import check_archive, read_statistics
 
 
 def newest_model(folder: Path, with_statistics: bool = False) -> Path | None:
@@ -24,47 +24,56 @@ def newest_model(folder: Path, with_statistics: bool = False) -> Path | None:
     The model that was trained for the most timesteps, among those that load. Models that don't are printed.
 
     :param folder: folder of the run, with models in it or in folders below
-    :param with_statistics: whether a model's statistics for ``VecNormalize`` must load, too
+    :param with_statistics: whether to skip models without statistics for ``VecNormalize``
     :return: path of the model; None if there is none
     """
     for path in sorted(folder.glob("**/*.zip"), key=_timesteps, reverse=True):
-        part = path
         try:
             A3C.load(path)
-            if with_statistics:
-                part = statistics_path(path)
-                with part.open("rb") as file:
-                    pickle.load(file)
+            if with_statistics and not has_statistics(path):
+                raise _no_statistics(path)
         except Exception as error:  # of any type: damaged bytes can mean anything
-            print(f"Skipping {path}: {part.name} can't be loaded ({error})")
+            print(f"Skipping {path}: it can't be used ({error})")
         else:
             return path
     return None
 
 
-def statistics_path(model: Path) -> Path:
+def has_statistics(model: str | Path | io.BufferedIOBase) -> bool:
     """
-    :param model: path of a model
-    :return: path of its statistics for ``VecNormalize``; for a checkpoint, where ``CheckpointCallback`` saves them
+    :param model: path of a model, or the file opened
+    :return: whether the model was saved with a ``VecNormalize``
+    :raises ValueError: if the file is damaged, or is not a model
     """
-    checkpoint = re.search(r"_\d+_steps$", model.stem)
-    timesteps = checkpoint[0] if checkpoint else ""
-    return model.with_name(f"{model.stem.removesuffix(timesteps)}_vecnormalize{timesteps}.pkl")
+    return _statistics(model) is not None
 
 
-def save_with_statistics(model: A3C, path: Path) -> None:
+def load_statistics(model: str | Path | io.BufferedIOBase, env: VecEnv) -> VecNormalize:
     """
-    Save a model and, if its environments have them, its statistics for ``VecNormalize``. If this is killed halfway, the
-    model can be left without statistics, but not with those of another one.
+    Load the ``VecNormalize`` that a model was saved with: as ``VecNormalize.load``, from the file of the model.
 
-    :param model: the model to save
-    :param path: path of the model
+    :param model: path of a model, or the file opened
+    :param env: environments to wrap in it
+    :return: the environments, wrapped
+    :raises ValueError: if the model has no ``VecNormalize``, or the file is damaged, or is not a model
     """
-    statistics = statistics_path(path)
-    statistics.unlink(missing_ok=True)
-    model.save(path)
-    if (normalize := model.get_vec_normalize_env()) is not None:
-        atomic_write(statistics, lambda file: pickle.dump(normalize, file))
+    if (normalize := _statistics(model)) is None:
+        raise _no_statistics(model)
+    normalize.set_venv(env)
+    return normalize
+
+
+def _statistics(model: str | Path | io.BufferedIOBase) -> VecNormalize | None:
+    check_archive(model, own_argument="envs_per_update")
+    statistics: VecNormalize | None = read_statistics(model)
+    return statistics
+
+
+def _no_statistics(model: str | Path | io.BufferedIOBase) -> ValueError:
+    return ValueError(
+        f"{model} has no statistics for VecNormalize: the environments of the model that was saved had none. Use the "
+        "environments without it, or load statistics from a file of their own: VecNormalize.load(path, env)."
+    )
 
 
 def carry_over_monitor_files(source: Path, target: Path) -> None:

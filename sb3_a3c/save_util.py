@@ -1,43 +1,94 @@
-"""Files of saved models: written atomically, and checked before they are loaded."""
+"""Files of saved models: written atomically, with the environments' ``VecNormalize``, and checked before they are loaded."""
 
 import contextlib
+import errno
 import io
 import json
 import os
+import pickle
+import secrets
+import stat
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import cloudpickle
 
 #: Members of a model's zip-file.
 _MEMBERS = ("data", "policy.pth", "policy.optimizer.pth")
+#: Another member, if the model's environments have a ``VecNormalize``: that one, pickled. SB3's ``load`` ignores it.
+_STATISTICS = "vecnormalize.pkl"
+
+#: Errors of a file that can't be replaced, but perhaps written to: it is mounted itself, or its folder is read-only.
+_IRREPLACEABLE = {errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-def atomic_write(path: str | Path, save: Callable[[io.BytesIO], None]) -> None:
+def atomic_write(path: str | Path, content: bytes | memoryview) -> None:
     """
-    Write a file atomically: after an error, a kill or a power failure there is the old file or the complete new one.
+    Write a file atomically: after an error, a kill or a power failure there is the old file or the complete new one. An
+    existing file keeps its owner and permissions. A file that can't be replaced is written in place, not atomically.
 
     :param path: the file; as in Stable-Baselines3, ``.zip`` is appended if it has no suffix, and its folder is created
-    :param save: writes the content to a buffer
+    :param content: the content
     """
     path = Path(path)
     if path.suffix == "":
         path = Path(f"{path}.zip")
     path = path.resolve()  # a symbolic link is kept
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
-    save(content)
-    if path.exists() and not path.is_file():  # a device or pipe must not be replaced by a file; a folder raises
-        path.write_bytes(content.getbuffer())
-        return
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if path.is_file() or not path.exists():  # a device or pipe must not be replaced by a file
+        try:
+            _replace(path, content)
+            return
+        except OSError as error:
+            if error.errno not in _IRREPLACEABLE:
+                raise
+    path.write_bytes(content)  # if this can't be done either, the error names the file
+
+
+def _replace(path: Path, content: bytes | memoryview) -> None:
+    """Write a new file and rename it to ``path``."""
     try:
-        with part.open("wb") as file:
-            file.write(content.getbuffer())
+        with path.open("r+b") as file:  # fails if the file is write-protected: renaming would ignore that
+            old = os.fstat(file.fileno())
+        mode = stat.S_IMODE(old.st_mode)
+    except FileNotFoundError:
+        old, mode = None, 0o666
+    # random, as other threads and processes may write to the same path; O_EXCL does not follow a link
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)  # the umask applies
+    try:
+        with open(descriptor, "wb") as file:
+            if old is not None:
+                new = os.fstat(descriptor)
+                if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
+                    os.fchown(descriptor, old.st_uid, old.st_gid)
+                os.fchmod(descriptor, mode)
+            file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # else the file might be empty after a power failure
+            os.fsync(descriptor)  # else the file might be empty after a power failure
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def add_statistics(file: io.BytesIO, normalize: Any) -> None:
+    """Add a ``VecNormalize`` to a model's zip-file."""
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr(_STATISTICS, cloudpickle.dumps(normalize))  # as SB3 pickles the other parts
+
+
+def read_statistics(path: str | Path | io.BufferedIOBase) -> Any:
+    """Return the ``VecNormalize`` in a model's zip-file, without environments; None if there is none."""
+    with zipfile.ZipFile(_find(path)) as archive:
+        return pickle.loads(archive.read(_STATISTICS)) if _STATISTICS in archive.namelist() else None
+
+
+def _find(path: str | Path | io.BufferedIOBase) -> Path | io.BufferedIOBase:
+    """The file that SB3's ``load`` would read: with ``.zip`` appended if there is none without. An open file as it is."""
+    if not isinstance(path, str | Path):
+        return path
+    return next((each for each in (Path(path), Path(f"{path}.zip")) if each.is_file()), Path(path))
 
 
 def check_archive(path: str | Path | io.BufferedIOBase, own_argument: str) -> None:
@@ -47,11 +98,10 @@ def check_archive(path: str | Path | io.BufferedIOBase, own_argument: str) -> No
     """
     advice = "Use another checkpoint, or the file that `save` has written."
     with contextlib.ExitStack() as stack:
-        if isinstance(path, str | Path):
-            existing = [each for each in (Path(path), Path(f"{path}.zip")) if each.is_file()]
-            if not existing:
+        path = _find(path)
+        if isinstance(path, Path):
+            if not path.is_file():
                 return
-            path = existing[0]
             file: io.BufferedIOBase = stack.enter_context(path.open("rb"))
         else:
             file = path

@@ -61,8 +61,7 @@ from sb3_a3c.errors import A3CError, DivergenceError, WorkerDiedError, WorkerTra
 from sb3_a3c.policies import LstmActorCriticCnnPolicy, LstmActorCriticPolicy, LstmMultiInputActorCriticPolicy
 from sb3_a3c.convolutions import BabyCNN
 from sb3_a3c.atari import make_ale_vec_env
-from sb3_a3c.resume import newest_model, save_with_statistics, statistics_path
-from sb3_a3c.resume import carry_over_monitor_files, continue_evaluations
+from sb3_a3c.resume import carry_over_monitor_files, continue_evaluations, newest_model
 from sb3_a3c.zoo import main, register
 
 for module in ("zoo", "doctor"):  # as `python -m` does

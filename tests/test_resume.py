@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import os
-import pickle
 import runpy
 import signal
 import subprocess
@@ -22,12 +21,13 @@ from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_a3c import A3C
+from sb3_a3c.atari import make_ale_vec_env
 from sb3_a3c.resume import (
     carry_over_monitor_files,
     continue_evaluations,
+    has_statistics,
+    load_statistics,
     newest_model,
-    save_with_statistics,
-    statistics_path,
 )
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "train_atari.py"
@@ -44,11 +44,12 @@ def normalized() -> Iterator[VecEnv]:
 
 @pytest.fixture
 def run_folder(tmp_path: Path, normalized: VecEnv) -> Path:
-    """Checkpoints with statistics after 40, 80 and 120 timesteps; a best model without them, after 60."""
+    """Checkpoints after 40, 80 and 120 timesteps; a best model after 60, without statistics."""
     folder = tmp_path / "run"
     model = A3C("MlpPolicy", normalized, n_steps=5, n_workers=0, seed=1, policy_kwargs=dict(net_arch=[8]))
-    model.learn(120, CheckpointCallback(20, str(folder / "checkpoints"), "a3c", save_vecnormalize=True))
+    model.learn(120, CheckpointCallback(20, str(folder / "checkpoints"), "a3c"))
     model.num_timesteps = 60
+    model.set_env(normalized.unwrapped)
     model.save(folder / "best_model")
     return folder
 
@@ -62,10 +63,20 @@ def cut(path: Path, share: float = 0.5) -> None:
     path.write_bytes(content[: int(share * len(content))])
 
 
-def test_statistics_are_where_callbacks_save_them(run_folder: Path) -> None:
-    for timesteps in (40, 80, 120):
-        assert statistics_path(checkpoint(run_folder, timesteps)).is_file()
-    assert statistics_path(Path("logs/best_model.zip")) == Path("logs/best_model_vecnormalize.pkl")
+def test_callbacks_save_models_with_their_statistics(tmp_path: Path) -> None:
+    """SB3's own callbacks: each model has the rewards that were counted until then."""
+    env = VecNormalize(make_vec_env("CartPole-v1", n_envs=2), norm_obs=False)
+    evaluation_env = VecNormalize(make_vec_env("CartPole-v1"), training=False, norm_obs=False)
+    evaluation = EvalCallback(evaluation_env, eval_freq=30, n_eval_episodes=1, best_model_save_path=str(tmp_path), verbose=0)
+    evaluation.best_mean_reward = 0.0
+    checkpoints = CheckpointCallback(20, str(tmp_path), "a3c")
+    A3C("MlpPolicy", env, n_steps=5, n_workers=0).learn(100, [checkpoints, evaluation])
+    for name, timesteps in {"a3c_40_steps": 40, "a3c_80_steps": 80, "best_model": 60}.items():
+        assert A3C.load(tmp_path / name).num_timesteps == timesteps
+        assert load_statistics(tmp_path / name, make_vec_env("CartPole-v1")).ret_rms.count == pytest.approx(
+            timesteps, abs=0.1
+        )
+    assert not list(tmp_path.glob("*.pkl"))
 
 
 @pytest.mark.parametrize("with_statistics", [False, True])
@@ -98,7 +109,7 @@ def test_other_damaged_models_are_skipped(run_folder: Path, normalized: VecEnv, 
     model.num_timesteps = 1000
     model.save(run_folder / "odd")
     assert newest_model(run_folder) == checkpoint(run_folder, 120)
-    assert f"Skipping {run_folder / 'odd.zip'}: odd.zip can't be loaded (" in capsys.readouterr().out
+    assert f"Skipping {run_folder / 'odd.zip'}: it can't be used (" in capsys.readouterr().out
 
     content = bytearray(checkpoint(run_folder, 120).read_bytes())
     content[len(content) // 2] ^= 1
@@ -110,45 +121,21 @@ def test_other_damaged_models_are_skipped(run_folder: Path, normalized: VecEnv, 
     assert newest_model(run_folder) == run_folder / "best_model.zip"
 
 
-def test_models_with_damaged_statistics_are_skipped(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    newest = checkpoint(run_folder, 120)
-    statistics = statistics_path(newest)
-    for share in (0.99, 0.0, None):
-        if share is None:
-            statistics.unlink()
-        else:
-            cut(statistics, share)
-        assert newest_model(run_folder, with_statistics=True) == checkpoint(run_folder, 80)
-        assert f"Skipping {newest}: {statistics.name} can't be loaded (" in capsys.readouterr().out
-    assert newest_model(run_folder) == newest
-    statistics_path(checkpoint(run_folder, 80)).unlink()
-    assert newest_model(run_folder, with_statistics=True) == checkpoint(run_folder, 40)  # the best one has none
+def test_models_without_statistics_are_skipped(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = run_folder / "best_model.zip"
+    cut(checkpoint(run_folder, 120))
+    cut(checkpoint(run_folder, 80))
+    assert newest_model(run_folder) == best
+    assert not has_statistics(best)
+    capsys.readouterr()
+    assert newest_model(run_folder, with_statistics=True) == checkpoint(run_folder, 40)
+    assert has_statistics(checkpoint(run_folder, 40))
+    line = next(line for line in capsys.readouterr().out.splitlines() if "best_model" in line)
+    assert line.startswith(f"Skipping {best}: it can't be used ({best} has no statistics for VecNormalize: ")
 
 
 class KilledError(BaseException):
     pass
-
-
-@pytest.mark.parametrize("killed_in", ["sb3_a3c.a3c.A3C.save", "sb3_a3c.resume.atomic_write"])
-def test_a_model_never_has_the_statistics_of_another(
-    killed_in: str, run_folder: Path, normalized: VecEnv, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = A3C.load(checkpoint(run_folder, 120), normalized)
-    path = run_folder / "model.zip"
-    for timesteps in (200, 300):
-        model.num_timesteps = timesteps
-        save_with_statistics(model, path)
-        assert newest_model(run_folder, with_statistics=True) == path
-
-    def killed(*_args: Any) -> None:
-        raise KilledError
-
-    model.num_timesteps = 400
-    monkeypatch.setattr(killed_in, killed)
-    with pytest.raises(KilledError):
-        save_with_statistics(model, path)
-    assert newest_model(run_folder, with_statistics=True) == checkpoint(run_folder, 120)
-    assert A3C.load(path).num_timesteps == (300 if killed_in.endswith("save") else 400)
 
 
 # --- evaluations ----------------------------------------------------------------------------------------------------
@@ -310,8 +297,7 @@ def progress(path: Path, normalize: bool) -> Progress:
     steps = [float(state["step"]) for state in model.policy.optimizer.state.values()]
     count = 0.0
     if normalize:
-        with statistics_path(path).open("rb") as file:
-            count = pickle.load(file).ret_rms.count
+        count = load_statistics(path, make_ale_vec_env(GAME)).ret_rms.count
         # workers are ahead of the callbacks, at each checkpoint that was resumed from
         assert model.num_timesteps <= count < model.num_timesteps + 5 * SAVE_FREQ
     assert 0.8 * model._n_updates < min(steps) <= max(steps) <= model._n_updates + 10  # Hogwild may lose a few
@@ -375,11 +361,11 @@ def test_example_without_a_model_to_resume(functions: dict[str, Any], run_folder
     arguments = argparse.Namespace(normalize_reward=False)
     assert functions["find_start"](arguments, run_folder) == checkpoint(run_folder, 120)
     assert arguments.normalize_reward  # the run has statistics
-    for path in run_folder.glob("**/*.pkl"):
-        path.unlink()
+    for path in run_folder.glob("checkpoints/*.zip"):
+        cut(path)
     with pytest.raises(SystemExit, match=r"was trained without --normalize-reward: resume without it, or start a new run"):
         functions["find_start"](arguments, run_folder)
-    assert functions["find_start"](argparse.Namespace(normalize_reward=False), run_folder) == checkpoint(run_folder, 120)
+    assert functions["find_start"](argparse.Namespace(normalize_reward=False), run_folder) == run_folder / "best_model.zip"
     for path in run_folder.glob("**/*.zip"):
         cut(path)
     for folder in (run_folder, tmp_path / "nothing"):

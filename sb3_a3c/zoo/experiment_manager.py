@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from rl_zoo3.callbacks import SaveVecNormalizeCallback
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -18,7 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_a3c.a3c import A3C
 from sb3_a3c.policies.lstm_policies import LstmActorCriticPolicy
-from sb3_a3c.resume import carry_over_monitor_files
+from sb3_a3c.resume import carry_over_monitor_files, has_statistics, load_statistics
 
 #: The hyperparameters that ``--algo a3c`` uses by default.
 HYPERPARAMS = Path(__file__).parent / "hyperparams" / "a3c.yml"
@@ -32,7 +31,6 @@ class A3CExperiment(ExperimentManager):
     - ``-i`` continues the run that saved the model, with its timesteps, schedules, statistics for ``VecNormalize`` and
       monitor files, until ``-n`` timesteps *in total*.
     - Hyperparameters of other algorithms, such as ``n_epochs``, raise an error that says so.
-    - Each checkpoint is saved with statistics for ``VecNormalize``.
     - If training raises, the model is saved. It is also saved if Ctrl-C ends the reader of the output (``| tee``).
     - A trial that raises anything is pruned and does not end the search.
 
@@ -61,11 +59,6 @@ class A3CExperiment(ExperimentManager):
         self._check_model_can_continue()  # before there is a folder, which `enjoy` would take for the latest run
         super().create_log_folder()  # type: ignore[no-untyped-call]
         carry_over_monitor_files(Path(self.trained_agent).parent, Path(self.save_path))
-
-    def create_callbacks(self) -> None:
-        super().create_callbacks()  # type: ignore[no-untyped-call]
-        if self.save_freq > 0:
-            self.callbacks.append(SaveVecNormalizeCallback(self.save_freq, self.params_path, name_prefix="vecnormalize"))
 
     def learn(self, model: BaseAlgorithm) -> None:
         trained = _Trained(model, self.continue_training)
@@ -109,9 +102,9 @@ class A3CExperiment(ExperimentManager):
                 f"{self.trained_agent} has been trained for {done} timesteps, and -n (or n_timesteps in the file) is the "
                 f"number of timesteps in total: {self.n_timesteps}. Use a larger one, such as -n {2 * done}."
             )
-        if self.normalize and not self._statistics_path().exists():
+        if self.normalize and not has_statistics(self.trained_agent) and not self._statistics_path().exists():
             raise ValueError(
-                f"{self.trained_agent} has no statistics for VecNormalize: {self._statistics_path()} does not exist. "
+                f"{self.trained_agent} has no statistics for VecNormalize, and {self._statistics_path()} does not exist. "
                 "Use a model that has them, or -params normalize:False if it was trained without."
             )
 
@@ -119,7 +112,10 @@ class A3CExperiment(ExperimentManager):
         if not (self.continue_training and self.normalize):
             return super()._maybe_normalize(env, eval_env)
         print("Loading saved VecNormalize stats")
-        normalized = VecNormalize.load(str(self._statistics_path()), env)
+        if has_statistics(self.trained_agent):
+            normalized = load_statistics(self.trained_agent, env)
+        else:
+            normalized = VecNormalize.load(str(self._statistics_path()), env)
         if eval_env:
             normalized.training = normalized.norm_reward = False
         return normalized

@@ -16,11 +16,13 @@ from rl_zoo3 import ALGOS
 from rl_zoo3 import train as train_module
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_a3c import A3C, MlpLstmPolicy, MlpPolicy
 from sb3_a3c.actor_learner import actor_learner
+from sb3_a3c.resume import load_statistics
 from sb3_a3c.zoo.experiment_manager import HYPERPARAMS, A3CExperiment
 
 N_ENVS, N_STEPS = 2, 8
@@ -148,8 +150,8 @@ def moments(state: dict[str, Any]) -> dict[str, th.Tensor]:
     return {f"{index}/{key}": value for index, entry in state["state"].items() for key, value in entry.items()}
 
 
-def statistics(folder: Path, name: str = "vecnormalize") -> Any:
-    return pickle.loads((folder / "CartPole-v1" / f"{name}.pkl").read_bytes())
+def statistics(folder: Path) -> Any:
+    return pickle.loads((folder / "CartPole-v1" / "vecnormalize.pkl").read_bytes())
 
 
 def check_episodes(folder: Path, continued: Path) -> None:
@@ -215,10 +217,37 @@ def test_a_run_continues_from_within_its_folder(
 
 def test_a_checkpoint_continues_with_its_own_statistics(train: Any, folder: Path, continued: Path) -> None:
     train("-n", str(TOTAL), "--save-freq", str(FIRST))
-    before = statistics(folder, f"vecnormalize_{FIRST}_steps").obs_rms.count
+    assert names(folder / "CartPole-v1") == ["args.yml", "command.txt", "config.yml", "vecnormalize.pkl"]
+    model = folder / f"rl_model_{FIRST}_steps.zip"
+    loaded: Any = load_statistics(model, make_vec_env("CartPole-v1"))
+    before = loaded.obs_rms.count
     assert FIRST <= before < statistics(folder).obs_rms.count
-    train("-n", str(TOTAL), "-i", str(folder / f"rl_model_{FIRST}_steps.zip"))
+    (folder / "CartPole-v1" / "vecnormalize.pkl").unlink()
+    train("-n", str(TOTAL), "-i", str(model))
     assert statistics(continued).obs_rms.count == pytest.approx(before + TOTAL - FIRST, abs=N_ENVS)
+
+
+def without_statistics(model: Path) -> None:
+    """Save a model again, as it would be without ``VecNormalize``."""
+    loaded = A3C.load(model)
+    assert loaded.get_env() is None
+    loaded.save(model)
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", f"rl_model_{FIRST}_steps"])
+def test_statistics_in_a_file_of_their_own(name: str, train: Any, folder: Path, continued: Path) -> None:
+    """RL Zoo's own, for a model that has none; a checkpoint does not get those of the end of the run."""
+    train("-n", str(TOTAL), "--save-freq", str(FIRST))
+    model, own = folder / f"{name}.zip", folder / "CartPole-v1" / "vecnormalize.pkl"
+    without_statistics(model)
+    if name != "CartPole-v1":
+        with pytest.raises(ValueError, match=rf"has no statistics for VecNormalize, and .*vecnormalize_{FIRST}_steps\.pkl"):
+            train("-n", str(2 * TOTAL), "-i", str(model))
+        own = own.rename(own.with_name(f"vecnormalize_{FIRST}_steps.pkl"))
+    before = pickle.loads(own.read_bytes()).obs_rms.count
+    done = A3C.load(model).num_timesteps
+    train("-n", str(2 * TOTAL), "-i", str(model))
+    assert statistics(continued).obs_rms.count == pytest.approx(before + 2 * TOTAL - done, abs=N_ENVS)
 
 
 def test_models_that_cannot_be_continued(train: Any, folder: Path) -> None:
@@ -230,7 +259,8 @@ def test_models_that_cannot_be_continued(train: Any, folder: Path) -> None:
             train("-n", str(n_timesteps), "-i", str(model))
         assert f"{model} has been trained for {FIRST} timesteps" in str(raised.value)
     (folder / "CartPole-v1" / "vecnormalize.pkl").unlink()
-    with pytest.raises(ValueError, match=r"has no statistics for VecNormalize: .*vecnormalize\.pkl does not exist"):
+    without_statistics(model)
+    with pytest.raises(ValueError, match=r"has no statistics for VecNormalize, and .*vecnormalize\.pkl does not exist"):
         train("-n", str(TOTAL), "-i", str(model))
     assert names(folder.parent) == ["CartPole-v1_1"]  # the folder that `enjoy` takes for the latest run has a model
 
