@@ -59,7 +59,7 @@ def _replace(path: Path, content: bytes | memoryview) -> None:
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)  # the umask applies
     try:
         with open(descriptor, "wb") as file:
-            if old is not None:
+            if old is not None and hasattr(os, "fchmod"):  # not on Windows
                 new = os.fstat(descriptor)
                 if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
                     os.fchown(descriptor, old.st_uid, old.st_gid)

@@ -495,7 +495,7 @@ def test_statistics_are_those_that_sb3_would_save(tmp_path: Path) -> None:
             loaded = load_statistics(source, new)
             assert loaded.venv is new
             assert pickle.dumps(loaded) == pickle.dumps(expected)
-        file.seek(0)
+        file.seek(0), file.truncate()
     model.save(tmp_path / "model")
     env.save(str(tmp_path / "sb3.pkl"))
     expected = VecNormalize.load(str(tmp_path / "sb3.pkl"), new)

@@ -19,7 +19,6 @@ from sb3_a3c.envs.wrapper_state import wrappers
 #: Moments since the last report, one for each running statistic of a stack of wrappers, ordered as :func:`_statistics`.
 Deltas = list[RunningMeanStd]
 
-_RAW = ("old_obs", "old_reward")
 _OPTIONS = ("training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon")
 
 
@@ -48,45 +47,6 @@ def set_options(env: VecEnv, values: Sequence[dict[str, Any]]) -> None:
     """Set what :func:`options` returned for a stack of the same wrappers."""
     for normalizer, value in zip(_normalizers(env), values, strict=True):
         vars(normalizer).update(value)
-
-
-class _OfAnotherStep:
-    """Stands in for a raw value that is not of the step that a callback sees. A ``VecNormalize`` copies it to return it."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def copy(self, *_: Any) -> Any:
-        raise RuntimeError(
-            "While A3C learns, this VecNormalize does not have the raw values of the step that a callback sees. Let the "
-            "environment put them into its `info`; `env.unnormalize_reward(self.locals['rewards'])` comes close."
-        )
-
-    __deepcopy__ = copy
-
-    def __reduce__(self) -> Any:
-        return np.array, ([],)  # in a file, as before the first step
-
-
-def refuse_raw_values(env: VecEnv) -> None:
-    """
-    While workers run, let ``get_original_obs`` and ``get_original_reward`` of each ``VecNormalize`` around ``env`` raise:
-    they are those of the last step of these environments.
-    """
-    for attributes in map(vars, _normalizers(env)):
-        for name in _RAW:
-            if not isinstance(value := attributes.get(name), _OfAnotherStep):
-                attributes[name] = _OfAnotherStep(value)
-
-
-def allow_raw_values(env: VecEnv) -> None:
-    """Undo :func:`refuse_raw_values`."""
-    for attributes in map(vars, _normalizers(env)):
-        for name in _RAW:
-            if isinstance(refused := attributes.get(name), _OfAnotherStep):
-                attributes[name] = refused.value
-                if refused.value is None:  # never reset
-                    del attributes[name]
 
 
 def record_deltas(env: VecEnv) -> None:

@@ -22,7 +22,8 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecVideoRecorder
 
 from sb3_a3c.actor_learner.config import Hyperparams
 from sb3_a3c.actor_learner.report import RolloutStatistics
-from sb3_a3c.envs.normalize import StatisticsMerger, allow_raw_values, options, refuse_raw_values
+from sb3_a3c.envs.last_step import allow_last_step, refuse_last_step
+from sb3_a3c.envs.normalize import StatisticsMerger, options
 from sb3_a3c.envs.subproc import take_back
 from sb3_a3c.envs.wrapper_state import WrapperCounts, begin_episodes, continue_from, finish_videos, wrappers
 from sb3_a3c.errors import WorkerDiedError
@@ -115,7 +116,7 @@ class HogwildCollector:
         else:
             env = begin_episodes(env, self._assignment.first_reset)
             self._workers = InProcessWorker(self._assignment.configs[0], env, self.store)
-        refuse_raw_values(self._env)  # only now: where a start fails, nothing is left to be undone
+        refuse_last_step(self._env)  # only now: where a start fails, nothing is left to be undone
 
     def _start_processes(self, supervisor: Supervisor) -> None:
         try:
@@ -215,7 +216,7 @@ class HogwildCollector:
         return LONG_STOP_SECONDS if records or isinstance(self._env.unwrapped, SubprocVecEnv) else STOP_SECONDS
 
     def _take_environments_back(self, hurry: threading.Event) -> None:
-        allow_raw_values(self._env)
+        allow_last_step(self._env)
         continue_from(self._env, list(self._wrapper_counts.values()))
         base = self._env.unwrapped
         if not isinstance(base, SubprocVecEnv):

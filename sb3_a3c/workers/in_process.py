@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.actor_learner.actor_learner import ActorLearner
 from sb3_a3c.actor_learner.config import WorkerConfig
-from sb3_a3c.envs.normalize import refuse_raw_values
+from sb3_a3c.envs.last_step import allow_last_step, refuse_last_step
 from sb3_a3c.store.base import ParameterStore
 from sb3_a3c.workers.protocol import RolloutFinished, Ticket, UpdateHyperparams
 
@@ -43,10 +43,11 @@ class InProcessWorker:
         if self._stop and self._learner is None:
             self.finished = True  # Ctrl-C has interrupted the first reset: it is not begun again
             return
+        allow_last_step(self._arguments[1])
         with self._as_worker():
             self._learner = self._learner or ActorLearner(*self._arguments, lambda: self._stop)
             report = self._learner.rollout(self._learning_rate)
-        refuse_raw_values(self._arguments[1])  # those of the rollout's last step
+        refuse_last_step(self._arguments[1])  # of the rollout
         if report is None:
             self.finished = True
         else:

@@ -1,7 +1,7 @@
 """What a callback reads belongs to its row, or is not there and says why."""
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium as gym
@@ -12,7 +12,7 @@ from gymnasium import spaces
 from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, CheckpointCallback, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecMonitor, VecNormalize
 
 from sb3_a3c import A3C
 from sb3_a3c.workers.callback_locals import can_see_observations
@@ -172,3 +172,35 @@ def test_raw_values_of_vec_normalize_are_refused_while_workers_run(n_workers: in
     A3C("MlpPolicy", env, n_workers=n_workers).learn(100, Raw())
     env.reset()
     assert env.get_original_obs().shape == (2, 3)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("vec_env", [DummyVecEnv, SubprocVecEnv])
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_what_environments_keep_of_their_last_step_is_refused_while_workers_run(
+    vec_env: type[VecEnv], n_workers: int
+) -> None:
+    base: Any = vec_env([lambda: gym.make("CartPole-v1")] * 2)  # type: ignore[arg-type,call-arg]
+    env = VecMonitor(base)
+    reads: list[Callable[[], Any]] = [lambda: base.reset_infos[0], lambda: np.asarray(env.episode_returns)]
+    if isinstance(base, DummyVecEnv):
+        reads += [lambda: base.buf_rews[1], lambda: list(base.buf_infos), lambda: base.buf_dones.copy()]
+
+    class Read(BaseCallback):
+        n_refused = 0
+
+        def _on_step(self) -> bool:
+            for read in reads:
+                with pytest.raises(RuntimeError, match=r"`\w+`: while A3C learns, .*`info`"):
+                    read()
+                self.n_refused += 1
+            return True
+
+    callback = Read()
+    try:
+        A3C("MlpPolicy", env, n_workers=n_workers, n_steps=5).learn(50, callback)
+        assert callback.n_refused == 25 * len(reads)
+        for read in reads:
+            read()
+        assert len(base.reset_infos) == 2
+    finally:
+        env.close()
