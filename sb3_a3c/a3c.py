@@ -40,7 +40,7 @@ from sb3_a3c.policies.sampling import to_env_actions
 from sb3_a3c.processes.signals import uninterrupted
 from sb3_a3c.save_util import add_statistics, atomic_write, check_archive
 from sb3_a3c.store.finite import check_finite
-from sb3_a3c.store.optimizer_state import check_optimizer, check_parameters
+from sb3_a3c.store.optimizer_state import check_optimizer, check_parameters, fixed_options
 from sb3_a3c.workers.assignment import Assignment
 from sb3_a3c.workers.callback_locals import can_see_observations, install
 from sb3_a3c.workers.collector import HogwildCollector
@@ -161,6 +161,7 @@ class A3C(OnPolicyAlgorithm):
         self._collector: HogwildCollector | None = None
         self._parameters: list[th.nn.Parameter] = []  # of the policy, while workers run
         self._optimizer: th.optim.Optimizer | None = None  # likewise
+        self._optimizer_options: list[dict[str, Any]] = []  # likewise
         self._pending_resets: tuple[list[int | None], list[dict[str, Any]]] = [], []  # seeds and options of the environments
         self._n_updates_at_start = 0
         super().__init__(
@@ -290,6 +291,7 @@ class A3C(OnPolicyAlgorithm):
         check_arguments(vars(self))  # a callback may have changed them at the start of training
         self._n_updates_at_start = self._n_updates
         self._parameters, self._optimizer = list(self.policy.parameters()), self.policy.optimizer
+        self._optimizer_options = fixed_options(self.policy.optimizer)
         assignment = Assignment(
             env,
             self.policy,
@@ -413,6 +415,11 @@ class A3C(OnPolicyAlgorithm):
         """Fetch what the workers have learned so far; they make the gradient steps."""
         assert self._collector is not None
         self._fetch(self._collector)
+        if fixed_options(self.policy.optimizer) != self._optimizer_options:
+            raise ValueError(
+                "Options of the policy's optimizer were changed while workers run, which use the old. Change them between "
+                "two calls of `learn`; the learning rate may be a schedule, also one that reads what a callback changes."
+            )
         if self._collector.statistics.learning_rate is not None:
             update_learning_rate(self.policy.optimizer, self._collector.statistics.learning_rate)
 
@@ -508,7 +515,7 @@ class A3C(OnPolicyAlgorithm):
         super().set_env(env, force_reset)
 
     def _excluded_save_params(self) -> list[str]:
-        ours = ["_collector", "_parameters", "_optimizer", "_base_seed", "_pending_resets"]
+        ours = ["_collector", "_parameters", "_optimizer", "_optimizer_options", "_base_seed", "_pending_resets"]
         return [*super()._excluded_save_params(), *ours]
 
 

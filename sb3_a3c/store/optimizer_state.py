@@ -12,7 +12,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 def check_optimizer(optimizer: th.optim.Optimizer) -> None:
     """
     Raise a ValueError if the optimizer's ``step`` needs a closure, which would have to be evaluated on the shared
-    parameters while other workers change them.
+    parameters while other workers change them; or if it has hooks, which the workers' copies would not call.
     """
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
@@ -21,6 +21,16 @@ def check_optimizer(optimizer: th.optim.Optimizer) -> None:
             "parameters that others are changing. Use an optimizer without a closure: "
             "policy_kwargs=dict(optimizer_class=th.optim.Adam), RMSprop, SGD, …"
         )
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise ValueError(
+            "The policy's optimizer has hooks of `step`, but A3C's workers step copies of it, which have none. Override "
+            "`step` in a class of your own: policy_kwargs=dict(optimizer_class=…)."
+        )
+
+
+def fixed_options(optimizer: th.optim.Optimizer) -> list[dict[str, Any]]:
+    """The options of each parameter group that must not change while workers run: all but the learning rate."""
+    return [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups]
 
 
 def check_parameters(policy: ActorCriticPolicy) -> None:

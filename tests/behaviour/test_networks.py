@@ -309,6 +309,7 @@ def spoil(policy: Any) -> None:
         (with_another_optimizer, "optimizer of the policy were replaced while workers run.*`learn`"),
         (lambda policy: policy.requires_grad_(False), "All parameters of the policy are frozen"),
         (spoil, "`mlp_extractor.value_net.0.bias` is NaN"),
+        (lambda policy: policy.optimizer.param_groups[0].update(weight_decay=0.1), "Options of the policy's optimizer were"),
         (lambda policy: policy.extra.requires_grad_(), "does not know `extra.weight`, `extra.bias`"),
     ],
 )
@@ -319,3 +320,12 @@ def test_a_callback_that_makes_a_policy_that_can_not_be_trained(edit: Any, messa
     with pytest.raises(ValueError, match=message):
         model.learn(1000, Then(40, edit))
     assert not multiprocessing.active_children()
+
+
+def test_hooks_of_the_optimizers_step_are_refused() -> None:
+    model = A3C("MlpPolicy", make_env(2), n_workers=2, n_steps=N_STEPS)
+    hook = model.policy.optimizer.register_step_post_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"hooks of `step`.*Override `step`"):
+        model.learn(100)
+    hook.remove()
+    assert model.learn(100).num_timesteps >= 100
