@@ -38,9 +38,10 @@ from sb3_a3c.envs.wrapper_state import next_reset_skipped, pending_options, pend
 from sb3_a3c.policies import CnnLstmPolicy, CnnPolicy, MlpLstmPolicy, MlpPolicy, MultiInputLstmPolicy, MultiInputPolicy
 from sb3_a3c.policies.sampling import to_env_actions
 from sb3_a3c.processes.signals import uninterrupted
-from sb3_a3c.save_util import add_statistics, atomic_write, check_archive
+from sb3_a3c.save_util import atomic_write, check_archive, complete_archive, saved_version
 from sb3_a3c.store.finite import check_finite
 from sb3_a3c.store.optimizer_state import check_optimizer, check_parameters, fixed_options
+from sb3_a3c.version import __version__
 from sb3_a3c.workers.assignment import Assignment
 from sb3_a3c.workers.callback_locals import can_see_observations, install
 from sb3_a3c.workers.collector import HogwildCollector
@@ -301,6 +302,14 @@ class A3C(OnPolicyAlgorithm):
             *self._pending_resets,
             report_obs=can_see_observations(callback),
         )
+        if self.verbose >= 1:
+            print(assignment.summary(), flush=True)
+            if self.seed is not None and assignment.n_workers > 1 and not self.take_turns:
+                print(
+                    f"With several workers, two runs with seed={self.seed} differ. "
+                    "Those with n_workers=1 or take_turns=True are identical.",
+                    flush=True,
+                )
         return HogwildCollector(
             assignment,
             self.policy,
@@ -454,8 +463,7 @@ class A3C(OnPolicyAlgorithm):
         """
         content = io.BytesIO()
         super().save(content, exclude, include)
-        if (normalize := self.get_vec_normalize_env()) is not None:
-            add_statistics(content, normalize)
+        complete_archive(content, self.get_vec_normalize_env())
         if isinstance(path, str | Path):
             atomic_write(path, content.getbuffer())
         else:
@@ -481,6 +489,8 @@ class A3C(OnPolicyAlgorithm):
         :raises ValueError: if the file is damaged or was saved by another algorithm, or if an argument is bad
         """
         check_archive(path, own_argument="envs_per_update")
+        if print_system_info:
+            print(f"== sb3_a3c: {__version__}; the model was saved by {saved_version(path)} ==")
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:

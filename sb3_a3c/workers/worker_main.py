@@ -6,6 +6,7 @@ sends what.
 import contextlib
 import ctypes
 import pickle
+import sys
 import time
 from collections import deque
 from typing import Any
@@ -38,6 +39,8 @@ def run_worker(channel: WorkerChannel, store: ParameterStore, share: EnvShare, c
     """Body of a worker process. ``config`` is a pickled :class:`WorkerConfig`."""
     th.set_num_threads(1)  # there are as many learners as cores: more threads would only compete
     keep_freed_memory()
+    if (ale_py := sys.modules.get("ale_py")) is not None:
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Warning)  # the main process has shown its banner
     env = share.open()
     try:
         record_deltas(env)
