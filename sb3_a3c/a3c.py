@@ -27,11 +27,13 @@ from sb3_a3c.actor_learner.config import Hyperparams
 from sb3_a3c.arguments import (
     check_arguments,
     check_device,
+    check_names,
     check_observation_space,
     check_policy,
     check_rate,
     check_total_timesteps,
     check_workers,
+    warn_of_small_clipping,
 )
 from sb3_a3c.envs.sharding import clone_env
 from sb3_a3c.envs.wrapper_state import next_reset_skipped, pending_options, pending_seeds
@@ -103,6 +105,7 @@ class A3C(OnPolicyAlgorithm):
         (out of memory, a crash in C code) or hang. A worker of a ``SubprocVecEnv`` is never replaced
     :param worker_timeout: Seconds that a worker may take for one step of its environments, or for learning from a rollout,
         before it counts as hung and is killed. None: no limit
+    :param others: Must be empty. Arguments of other algorithms raise an error that says what to use instead
     :raises ValueError: for bad arguments, before any worker process starts
     """
 
@@ -147,9 +150,12 @@ class A3C(OnPolicyAlgorithm):
         start_method: str | None = None,
         max_worker_restarts: int = 10,
         worker_timeout: float | None = 300.0,
+        **others: Any,
     ) -> None:
-        check_arguments(locals())
         check_policy(policy, self.policy_aliases)
+        check_names(others, self.policy_aliases[policy] if isinstance(policy, str) else policy, policy_kwargs)
+        check_arguments(locals())
+        warn_of_small_clipping(max_grad_norm, n_steps)
         self.rms_prop_eps = rms_prop_eps
         self.use_rms_prop = use_rms_prop
         self.normalize_advantage = normalize_advantage
