@@ -427,8 +427,15 @@ class A3C(OnPolicyAlgorithm):
         self._collector.update_hyperparams(hyperparams)
 
     def train(self) -> None:
-        """Fetch what the workers have learned so far; they make the gradient steps."""
-        assert self._collector is not None
+        """
+        Fetch what the workers have learned so far; they make the gradient steps.
+
+        :raises RuntimeError: if no workers run
+        """
+        if self._collector is None:
+            raise RuntimeError(
+                "`train` fetches what workers have learned, and no workers run. Call `learn`, which calls it."
+            )
         self._fetch(self._collector)
         if fixed_options(self.policy.optimizer) != self._optimizer_options:
             raise ValueError(
