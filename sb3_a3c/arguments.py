@@ -154,8 +154,9 @@ def check_workers(env: VecEnv, n_workers: int | None) -> None:
         return
     if n_workers > env.num_envs:
         raise ValueError(
-            f"n_workers={n_workers}, but there are only {env.num_envs} environments, and each worker needs "
-            f"at least one. Use n_workers={env.num_envs}, or make_vec_env(…, n_envs={n_workers})."
+            f"n_workers={n_workers}, but the number of environments is {env.num_envs}, and each worker needs at least one. "
+            f"Use n_workers={env.num_envs}, for a saved model `load(…, n_workers={env.num_envs})`, or "
+            f"make_vec_env(…, n_envs={n_workers})."
         )
     take_share(env, range(env.num_envs))
 

@@ -52,7 +52,7 @@ CHANGEABLE: list[Any] = [
     ("n_workers", -1, r"`n_workers` must be an integer and at least 0, or None \(one for each core\), not -1"),
     ("n_workers", 1.5, "`n_workers` must be an integer"),
     ("n_workers", True, "`n_workers` must be an integer and at least 0.*not True"),
-    ("n_workers", 5, "n_workers=5, but there are only 4 environments.*Use n_workers=4"),
+    ("n_workers", 5, "n_workers=5, but the number of environments is 4.*Use n_workers=4"),
     ("n_steps", 0, "`n_steps` must be an integer and at least 1, not 0"),
     ("n_steps", 5.0, "`n_steps` must be an integer"),
     ("n_steps", np.int64(0), "`n_steps` must be an integer and at least 1"),
@@ -111,6 +111,14 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_load(name: str, value: Any, message: str, path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         A3C.load(path, env=cartpole(), **{name: value}).learn(100)
+
+
+def test_load_with_a_single_environment(path: Path) -> None:
+    """It is not copied for each worker, as it is in the constructor; what the error proposes works."""
+    env = gym.make("CartPole-v1")
+    with pytest.raises(ValueError, match=r"the number of environments is 1,.* `load\(…, n_workers=1\)`"):
+        A3C.load(path, env=env).learn(100)
+    assert A3C.load(path, env=env, n_workers=1).learn(100).num_timesteps == 100
 
 
 @pytest.mark.usefixtures("no_process_starts")
