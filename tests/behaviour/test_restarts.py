@@ -73,7 +73,7 @@ class Seen(BaseCallback):
 
 @pytest.fixture(autouse=True)
 def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_a3c.processes.supervisor.LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("sb3_a3c.processes.heartbeats.LOOK_SECONDS", 0.05)
 
 
 def countdowns(n_envs: int = 4) -> VecEnv:

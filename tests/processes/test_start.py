@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sb3_a3c.processes.channel import WorkerChannel
-from sb3_a3c.processes.start import prepared_start, process_context
+from sb3_a3c.processes.start import process_context
 from sb3_a3c.processes.supervisor import Supervisor
 from sb3_a3c.workers.collector import PRELOAD
 
@@ -40,7 +40,7 @@ def start_workers(n: int = 2, **kwargs: Any) -> list[tuple[int, int]]:
 
 def shared_state() -> dict[str, Any]:
     """What all users of multiprocessing share."""
-    from multiprocessing import forkserver, resource_tracker
+    from multiprocessing import forkserver, resource_tracker, spawn
 
     assert forkserver.connect_to_new_process == forkserver._forkserver.connect_to_new_process
     return {
@@ -48,6 +48,7 @@ def shared_state() -> dict[str, Any]:
         "preload": list(forkserver._forkserver._preload_modules),  # type: ignore[attr-defined]
         "server": forkserver._forkserver._forkserver_pid,  # type: ignore[attr-defined]
         "connect": forkserver.connect_to_new_process,
+        "prepare": spawn.get_preparation_data,
         "ensure": forkserver.ensure_running,
         "tracker": resource_tracker._resource_tracker._pid,  # type: ignore[attr-defined]
         "start method": multiprocessing.get_start_method(allow_none=True),
@@ -102,20 +103,6 @@ def test_a_failed_start_changes_nothing_for_others(my_preload: list[str]) -> Non
     assert shared_state() == before
     assert not [child for child in multiprocessing.active_children() if child.name.startswith("a3c-worker")]
     assert len(start_workers()) == 2
-
-
-def test_the_main_module_is_hidden_only_during_a_start() -> None:
-    main = sys.modules["__main__"]
-    assert hasattr(main, "__file__")
-    with prepared_start(process_context("spawn"), ()):
-        stand_in = sys.modules["__main__"]
-    assert sys.modules["__main__"] is main
-    assert stand_in is not main
-    assert stand_in.__name__ == "__main__"
-    assert (getattr(stand_in, "__file__", None), stand_in.__spec__) == (None, None)
-    with pytest.raises(KeyError), prepared_start(process_context("spawn"), ()):
-        raise KeyError
-    assert sys.modules["__main__"] is main
 
 
 def test_several_threads_may_start_workers_at_once() -> None:
