@@ -18,7 +18,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import spawn
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, ClassVar
 
 import cloudpickle
 
@@ -29,17 +29,21 @@ _starting = threading.Lock()
 _server: Any = None  # the separate multiprocessing.forkserver.ForkServer, once it was needed
 
 
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Pickles shared tensors and pipes as multiprocessing does, and by value what the main script defines."""
+
+    dispatch_table: ClassVar[Any] = ChainMap(ForkingPickler._extra_reducers, cloudpickle.Pickler.dispatch_table)  # type: ignore[attr-defined]
+
+
 class Arguments:
-    """Arguments of a process that starts. They are pickled as multiprocessing does, and what the main script defines by value."""
+    """Arguments of a process that starts, and does not import the main script."""
 
     def __init__(self, arguments: tuple[Any, ...]) -> None:
         self._arguments = arguments
 
     def __reduce__(self) -> tuple[Any, ...]:
         file = io.BytesIO()
-        pickler = cloudpickle.Pickler(file)
-        pickler.dispatch_table = ChainMap(ForkingPickler(file).dispatch_table, pickler.dispatch_table)
-        pickler.dump(self._arguments)
+        _Pickler(file).dump(self._arguments)
         return pickle.loads, (file.getvalue(),)
 
 

@@ -1,6 +1,7 @@
 """Workers that die or hang are replaced, and training continues; these tests kill real processes."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import random
@@ -171,6 +172,24 @@ def test_max_worker_restarts(max_worker_restarts: int) -> None:
         assert raised.value.__notes__ == ["2 workers were replaced before: max_worker_restarts is used up."]
     assert model.num_timesteps == 0
     assert not workers()
+
+
+def test_no_shared_memory_stays_after_a_death() -> None:
+    """Although the exception's traceback still refers to what `learn` has used, and nothing is collected as garbage."""
+
+    def mapped() -> list[str]:
+        return [line for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/torch_" in line]
+
+    gc.collect()
+    before = mapped()
+    gc.disable()
+    try:
+        with pytest.raises(WorkerDiedError) as raised:
+            A3C("MlpPolicy", countdowns(), n_workers=2, max_worker_restarts=0).learn(10_000, callback=Seen(kill_at={5}))
+        assert set(mapped()) <= set(before)
+        del raised
+    finally:
+        gc.enable()
 
 
 @REPLACED

@@ -51,6 +51,15 @@ def raise_unpicklable(channel: WorkerChannel) -> None:
     raise UnpicklableError("what happened")
 
 
+class UnprintableError(Exception):
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
+def raise_unprintable(channel: WorkerChannel) -> None:
+    raise UnprintableError
+
+
 def raise_broken_pipe(channel: WorkerChannel) -> None:
     raise BrokenPipeError("the game server hung up")
 
@@ -163,6 +172,7 @@ def test_receive_returns_after_its_timeout(start: Start) -> None:
     [
         (raise_key_error, KeyError, "the seventh key"),
         (raise_unpicklable, RuntimeError, "UnpicklableError: what happened"),
+        (raise_unprintable, RuntimeError, "UnprintableError: its __str__ raised ZeroDivisionError"),
         (raise_broken_pipe, BrokenPipeError, "the game server hung up"),  # not taken for the worker's own pipe
         (exit_program, RuntimeError, "SystemExit: 3"),  # must not end the user's program
     ],
