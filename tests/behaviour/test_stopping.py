@@ -341,8 +341,17 @@ def test_ctrl_c_while_a_thread_trains(case: str, kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-@pytest.mark.parametrize("how", ["exits", "returns False", "continues"])
-@pytest.mark.parametrize("kind", [DummyVecEnv, SubprocVecEnv])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        (DummyVecEnv, "exits"),
+        (DummyVecEnv, "returns False"),
+        (DummyVecEnv, "continues"),
+        (SubprocVecEnv, "exits"),
+        pytest.param(SubprocVecEnv, "returns False", marks=slow),
+        pytest.param(SubprocVecEnv, "continues", marks=slow),
+    ],
+)
 def test_a_process_forked_in_a_callback_leaves_the_training_alone(kind: Any, how: str) -> None:
     """However it leaves the callback. This is not for use: a child is to end by ``os._exit``."""
     children: list[int] = []

@@ -180,7 +180,7 @@ errors, counts, is_over = [], [0, 0], threading.Event()
 
 def use_main():
     try:
-        while not is_over.is_set():
+        while not is_over.wait(0.001):
             assert type(pickle.loads(pickle.dumps(Mine()))) is Mine
             assert sys.modules["__main__"].Mine is Mine
             counts[0] += 1
@@ -189,7 +189,7 @@ def use_main():
 
 def start_processes():
     try:
-        while counts[1] < 2 or not is_over.is_set():
+        while counts[1] < 2 or not is_over.wait(0.2):
             method = ("forkserver", "spawn")[counts[1] % 2]
             process = multiprocessing.get_context(method).Process(target=target)
             process.start()

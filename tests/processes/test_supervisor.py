@@ -148,6 +148,9 @@ def test_tensors_in_shared_memory_stay_shared(start: Start) -> None:
     supervisor = start(add_ones, [(shared, 0), (shared, 1)])
     assert receive_all(supervisor) == []
     assert shared.tolist() == [[1, 1, 1], [1, 1, 1]]
+    for process in supervisor._processes.values():
+        process.join(30)
+        assert process.exitcode == 0
     assert supervisor.receive() == []  # at the end: nothing, at once
 
 
