@@ -184,12 +184,15 @@ class Program:
         return found
 
     def processes(self) -> dict[int, int]:
-        """All of the session, with their parents; zombies too, except orphans, which init reaps."""
+        """
+        All of the session, with their parents; zombies too, except orphans, which init reaps, and children of a fork server,
+        which waits for none once the main process is gone, and takes seconds to end.
+        """
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 state, parent, _, session = (path / "stat").read_text().rsplit(")", 1)[1].split()[:4]
-                if int(session) == self.process.pid and (state, parent) != ("Z", "1"):
+                if int(session) == self.process.pid and not (state == "Z" and int(parent) in {1, *self._servers}):
                     found[int(path.name)] = int(parent)
         return found
 
