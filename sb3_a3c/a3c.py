@@ -329,7 +329,7 @@ class A3C(OnPolicyAlgorithm):
 
     def _stop_workers(self) -> None:
         """End all worker processes and copy parameters and optimizer state into the model."""
-        if self._collector is None:
+        if self._collector is None or self._collector.is_forked:  # only the process that began may stop them
             return
         with uninterrupted() as hurry:  # set by a second Ctrl-C
             collector, self._collector = self._collector, None

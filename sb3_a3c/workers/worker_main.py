@@ -65,7 +65,7 @@ class _MainLoop:
             self.channel.send(RolloutFinished(report, pop_deltas(self.env)))
         self.channel.send(TrainingDone())
         while not self.shutdown:
-            self.channel.serve(self._handle, timeout=None)
+            self.channel.serve(self._handle, block=True)
         self.channel.send(FinalState(pop_deltas(self.env), wrapper_counts(self.env)))
 
     def _rollout(self) -> Report | None:
@@ -79,7 +79,7 @@ class _MainLoop:
         """Serve all that waits, until there is a ticket and it is this worker's turn. False once a stop is requested."""
         while not (self.channel.stopped() or self.shutdown):
             if not self.learning_rates:
-                self.channel.serve(self._handle, timeout=None)
+                self.channel.serve(self._handle, block=True)
             elif not self.channel.serve(self._handle):
                 if not self.learner.hyperparams.take_turns or self.learner.replica.is_my_turn():
                     return True
