@@ -170,7 +170,7 @@ def _raised(exception: BaseException) -> Raised:
     exception.__traceback__ = None
     with contextlib.suppress(Exception):
         copy = pickle.loads(dumps(exception))
-        str(copy)  # as the main process, or whoever catches it there, is going to do
+        str(copy)  # as the main process is going to do
         if type(copy) is type(exception) and isinstance(exception, Exception):  # SystemExit would end the user's program
             return Raised(exception, text)
     return Raised(RuntimeError(f"{type(exception).__name__}: {_message(exception)}"), text)  # the exception can't be sent

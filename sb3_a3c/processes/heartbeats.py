@@ -29,7 +29,7 @@ class HangDetector:
         self._last_look = time.monotonic()
 
     def seconds_to_next_look(self) -> float:
-        """At most so many seconds may pass until the next call of :meth:`look`."""
+        """Seconds until :meth:`look` is to be called again, at the latest."""
         return math.inf if self._is_off else max(0.0, self._last_look + LOOK_SECONDS - time.monotonic())
 
     def look(self, heartbeats: npt.NDArray[np.int64]) -> dict[int, str]:
