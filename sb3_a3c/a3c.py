@@ -397,6 +397,8 @@ class A3C(OnPolicyAlgorithm):
         """Fetch what the workers have learned so far; they make the gradient steps."""
         assert self._collector is not None
         self._fetch(self._collector)
+        if (hint := self._collector.statistics.pop_hint()) and self.verbose >= 1:
+            print(hint)
         update_learning_rate(self.policy.optimizer, self.lr_schedule(self._current_progress_remaining))
 
     def dump_logs(self, iteration: int = 0) -> None:
