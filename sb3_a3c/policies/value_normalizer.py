@@ -43,5 +43,6 @@ class ValueNormalizer(nn.Module):
 
     def update(self, targets: npt.NDArray[np.floating]) -> None:
         """Take the value targets of one update into the statistics."""
+        targets = targets.astype(np.float64)  # whose squares do not overflow
         new = th.tensor([targets.mean(), np.square(targets).mean(), 1.0]).to(self.statistics)
         self.statistics.lerp_(new, STEP_SIZE)

@@ -47,6 +47,12 @@ def test_statistics_forget() -> None:
     assert normalizer.mean_and_scale == pytest.approx((25, math.sqrt(650)), rel=1e-4)
 
 
+def test_squares_of_huge_targets_do_not_overflow_on_the_way() -> None:
+    normalizer = ValueNormalizer().double()
+    normalizer.update(np.array([1e30], dtype=np.float32))
+    assert normalizer.mean_and_scale == pytest.approx((1e30, 1e30))
+
+
 def test_values_follow_the_size_of_targets_but_small_ones_are_not_magnified() -> None:
     outputs, targets = th.tensor([-1.0, 0.0, 0.5]), np.array([2.0, -7.0, 30.0])
     small, large, sparse = ValueNormalizer(), ValueNormalizer(), ValueNormalizer()
