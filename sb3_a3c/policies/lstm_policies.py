@@ -136,9 +136,10 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
                     weight.data = weight.data.clone(memory_format=th.channels_last)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.value_normalizer is not None and any(key.startswith(prefix + "value_net.") for key in state_dict):
-            # a head that was saved before there were statistics has learned values in the units of the rewards, and goes on
-            state_dict.setdefault(prefix + "value_normalizer.statistics", th.full((3,), th.nan))
+        statistics = prefix + "value_normalizer.statistics"
+        if self.state_dict(prefix=prefix).keys() - state_dict.keys() == {statistics}:
+            # a policy from before there were statistics: its head has learned values in the units of the rewards
+            state_dict[statistics] = th.full((3,), th.nan)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def initial_state(self, n_envs: int) -> LstmState:

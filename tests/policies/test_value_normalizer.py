@@ -99,9 +99,10 @@ def test_a_head_that_was_saved_without_statistics_keeps_its_units() -> None:
     assert th.equal(values_of(again), values_of(raw))
 
 
-def test_parameters_of_other_layers_leave_the_statistics() -> None:
+@pytest.mark.parametrize("part", ["lstm.", "value_net.bias"])
+def test_some_parameters_alone_leave_the_statistics(part: str) -> None:
     policy = make()
     policy.update_value_scale(np.array([70.0]))
-    lstm = {key: value for key, value in policy.state_dict().items() if key.startswith("lstm.")}
-    policy.load_state_dict(lstm, strict=False)
+    parameters = {key: value for key, value in policy.state_dict().items() if key.startswith(part)}
+    policy.load_state_dict(parameters, strict=False)
     assert policy.value_normalizer.mean_and_scale == pytest.approx((70, 70))
