@@ -111,14 +111,14 @@ class ActorLearner:
         self, rollout: Rollout, index: int, advantages: npt.NDArray[np.floating], returns: npt.NDArray[np.floating]
     ) -> LossTerms:
         """
-        Leave the gradient of the loss of chunk ``index``, over (n_steps, chunk), in the policy. With normalized values it is
-        the loss for rewards that are divided by the scale of the values.
+        Leave the gradient of the loss of chunk ``index``, over (n_steps, chunk), in the policy. With normalized values,
+        advantages, ``ent_coef`` and errors of the critic are in units of their scale.
         """
-        scale = self.actor.update_value_scale(returns)
+        scale, ent_coef = self.actor.update_value_scale(returns), self.hyperparams.ent_coef
         if self.hyperparams.normalize_advantage and advantages.size > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         else:
-            advantages = advantages / scale
+            advantages, ent_coef = advantages / scale, ent_coef / scale
         values, log_prob, entropy = self.actor.evaluate(rollout, index)
         terms = a3c_loss(
             values / scale,
@@ -126,7 +126,7 @@ class ActorLearner:
             entropy,
             th.as_tensor(returns / scale, dtype=values.dtype),
             th.as_tensor(advantages, dtype=values.dtype),
-            self.hyperparams.ent_coef,
+            ent_coef,
             self.hyperparams.vf_coef,
         )
         terms.loss.backward()  # type: ignore[no-untyped-call]

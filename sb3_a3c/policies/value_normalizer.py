@@ -16,7 +16,7 @@ MIN_SCALE = 1.0
 class ValueNormalizer(nn.Module):
     """
     ``values = mean + scale * outputs of the value head``, with the mean and the root mean square of recent value targets,
-    and the loss in units of ``scale``: adaptive normalization as in PopArt (van Hasselt et al. 2016, arXiv:1602.07714,
+    and the whole loss in units of ``scale``: adaptive normalization as in PopArt (van Hasselt et al. 2016, arXiv:1602.07714,
     section 2.1). The other half of PopArt, which changes the head's weights so that all values stay as they were under a new
     mean or scale, is left out: values follow the targets sooner without it.
 

@@ -88,13 +88,13 @@ def test_a_time_limit_is_bootstrapped_with_the_last_observation_and_state(monkey
 
 
 @pytest.mark.parametrize("normalize_advantage", [False, True])
-def test_with_normalized_values_the_loss_is_that_of_rewards_divided_by_their_scale(
+def test_with_normalized_values_the_loss_is_in_units_of_their_scale(
     normalize_advantage: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses: list[tuple[th.Tensor, ...]] = []
+    losses: list[tuple[Any, ...]] = []
 
     def note(values: th.Tensor, log_prob: th.Tensor, entropy: Any, *others: Any) -> LossTerms:
-        losses.append((values.detach(), *others[:2]))
+        losses.append((values.detach(), *others))
         return a3c_loss(values, log_prob, entropy, *others)
 
     monkeypatch.setattr("sb3_a3c.actor_learner.actor_learner.a3c_loss", note)
@@ -109,11 +109,12 @@ def test_with_normalized_values_the_loss_is_that_of_rewards_divided_by_their_sca
     assert [rollout.values.tolist() for _, rollout in rollouts] == [[[0, 0]] * 3]
     # rewards of 100: returns of 175, 150 and 100, with a root mean square of 144.3, in the update of each environment
     returns, mean, scale = th.tensor([[175.0], [150.0], [100.0]]), 425 / 3, math.sqrt((175**2 + 150**2 + 100**2) / 3)
-    for values, targets, advantages in losses:
+    for values, targets, advantages, ent_coef, vf_coef in losses:
         assert th.allclose(values, th.full((3, 1), mean / scale))
         assert th.allclose(targets, returns / scale)
         expected = (returns - mean) / returns.std(correction=0) if normalize_advantage else returns / scale
         assert th.allclose(advantages, expected, atol=1e-5)
+        assert (ent_coef, vf_coef) == pytest.approx((0.01 if normalize_advantage else 0.01 / scale, 0.5))
     assert len(losses) == 2
 
 
@@ -121,7 +122,8 @@ def test_with_normalized_values_the_size_of_the_rewards_changes_nothing() -> Non
     learned = []
     for factor in (8.0, 8192.0):  # powers of two, so that nothing is rounded differently
         env = make_vec_env("CartPole-v1", 3, wrapper_class=functools.partial(paying, reward=factor))
-        model = A3C("MlpLstmPolicy", env, learning_rate=1e-2, n_steps=8, envs_per_update=2, n_workers=0, seed=0)
+        kwargs: dict[str, Any] = dict(learning_rate=1e-2, n_steps=8, ent_coef=0.0, envs_per_update=2)
+        model = A3C("MlpLstmPolicy", env, n_workers=0, seed=0, **kwargs)
         with th.no_grad():  # the first values are as large as the rewards
             for parameter in model.policy.value_net.parameters():
                 parameter.fill_(0.0)
