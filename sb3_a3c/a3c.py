@@ -444,6 +444,8 @@ class A3C(OnPolicyAlgorithm):
             )
         if self._collector.statistics.learning_rate is not None:
             update_learning_rate(self.policy.optimizer, self._collector.statistics.learning_rate)
+        if (hint := self._collector.statistics.pop_hint()) and self.verbose >= 1:
+            print(hint)
 
     def dump_logs(self, iteration: int = 0) -> None:
         """

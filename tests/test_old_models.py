@@ -54,6 +54,14 @@ def test_training_continues(name: str) -> None:
     assert not any(th.equal(old, new) for old, new in zip(before, model.policy.parameters(), strict=True))
 
 
+def test_an_old_value_head_keeps_its_units(tmp_path: Path) -> None:
+    """0.1.0 did not normalize values: its heads have learned them as they are, and go on so."""
+    model = A3C.load(DATA / "a3c_0_1_0_mlp_lstm.zip", env=make_env("mlp_lstm"), n_workers=0)
+    model.learn(300).save(tmp_path / "model")
+    normalizer = A3C.load(tmp_path / "model").policy.value_normalizer
+    assert normalizer.mean_and_scale == model.policy.value_normalizer.mean_and_scale == (0, 1)  # type: ignore[union-attr]
+
+
 IMPORTS = """
 import runpy, sys
 from sb3_a3c import *

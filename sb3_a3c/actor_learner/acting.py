@@ -142,6 +142,10 @@ class Actor:
         shape = (len(rollout.rewards), -1)  # (T * n, 1) and (T * n,) -> (T, n)
         return values.reshape(shape), log_prob.reshape(shape), None if entropy is None else entropy.reshape(shape)
 
+    def update_value_scale(self, targets: npt.NDArray[np.floating]) -> float:
+        """As the policy's: the unit in which the loss of an update with these value targets is to be computed."""
+        return self._recurrent.update_value_scale(targets)
+
     def _empty_cache(self, n_steps: int, chunks: list[slice]) -> ActivationCache | None:
         """The cache for the next rollout; None if the policy can't use one."""
         shape = (n_steps, chunks)

@@ -110,17 +110,23 @@ class ActorLearner:
     def _compute_gradient(
         self, rollout: Rollout, index: int, advantages: npt.NDArray[np.floating], returns: npt.NDArray[np.floating]
     ) -> LossTerms:
-        """Leave the gradient of the loss of chunk ``index``, over (n_steps, chunk), in the policy."""
+        """
+        Leave the gradient of the loss of chunk ``index``, over (n_steps, chunk), in the policy. With normalized values,
+        advantages, ``ent_coef`` and errors of the critic are in units of their scale.
+        """
+        scale, ent_coef = self.actor.update_value_scale(returns), self.hyperparams.ent_coef
         if self.hyperparams.normalize_advantage and advantages.size > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        else:
+            advantages, ent_coef = advantages / scale, ent_coef / scale
         values, log_prob, entropy = self.actor.evaluate(rollout, index)
         terms = a3c_loss(
-            values,
+            values / scale,
             log_prob,
             entropy,
-            th.as_tensor(returns, dtype=values.dtype),
+            th.as_tensor(returns / scale, dtype=values.dtype),
             th.as_tensor(advantages, dtype=values.dtype),
-            self.hyperparams.ent_coef,
+            ent_coef,
             self.hyperparams.vf_coef,
         )
         terms.loss.backward()  # type: ignore[no-untyped-call]
@@ -135,6 +141,7 @@ class ActorLearner:
         norm = th.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
         check_gradient(terms.loss.item(), norm.item())
         if norm > self.hyperparams.max_grad_norm:
+            self._statistics.clipped_updates += 1
             th.nn.utils.clip_grads_with_norm_(self.policy.parameters(), self.hyperparams.max_grad_norm, norm)
         self._timer.spent("learning")
         staleness = self.replica.push()

@@ -25,6 +25,7 @@ class RolloutStatistics:
     return_moments: tuple[float, float] = (0.0, 0.0)  #: … of the returns and their squares,
     error_moments: tuple[float, float] = (0.0, 0.0)  #: … of ``returns - values`` and their squares
     n_updates: int = 0
+    clipped_updates: int = 0  #: those whose gradient was clipped
     grad_norm: float = 0.0  #: sums over updates, before clipping
     staleness: int = 0
     skipped_updates: int = 0  #: updates dropped because something was not finite

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
@@ -24,6 +26,9 @@ class FeedForwardAdapter:
 
     def new_activation_cache(self, n_steps: int, chunks: Sequence[slice]) -> None:
         return None
+
+    def update_value_scale(self, targets: npt.NDArray[np.floating]) -> float:
+        return 1.0
 
     def act(
         self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor, cache: object = None

@@ -23,6 +23,7 @@ from sb3_a3c.policies.activation_cache.cache import ActivationCache, ChunkCache,
 from sb3_a3c.policies.overrides import is_overridden
 from sb3_a3c.policies.sampling import sample_actions, to_env_actions
 from sb3_a3c.policies.torch_layers import BabyCNN, LstmState, run_lstm
+from sb3_a3c.policies.value_normalizer import ValueNormalizer
 
 MlpPolicy = ActorCriticPolicy
 CnnPolicy = ActorCriticCnnPolicy
@@ -46,12 +47,16 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         ``lstm_hidden_size`` units in the place of the LSTM, as in sb3-contrib
     :param lstm_kwargs: further arguments for ``th.nn.LSTM`` (``dropout``, ``bias``)
     :param channels_last: keep convolution weights in ``th.channels_last``, which CPUs compute up to twice as fast
+    :param normalize_values: let the value head learn normalized values, so that large rewards do no harm, see
+        :class:`~sb3_a3c.policies.value_normalizer.ValueNormalizer`. None: True, but for ``CnnLstmPolicy``
     :raises ValueError: if ``lstm_kwargs`` asks for a bidirectional, batch-first or projected LSTM, or other arguments for
         an LSTM or a features extractor of the critic's own
     """
 
     #: The features extractor of this class unless another one is given.
     default_features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor
+    #: ``normalize_values`` of this class unless it is given.
+    default_normalize_values = True
 
     def __init__(
         self,
@@ -66,9 +71,11 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         enable_critic_lstm: bool | None = None,
         lstm_kwargs: dict[str, Any] | None = None,
         channels_last: bool = True,
+        normalize_values: bool | None = None,
         **kwargs: Any,
     ) -> None:
         self.channels_last = channels_last
+        self.normalize_values = self.default_normalize_values if normalize_values is None else normalize_values
         self.lstm_hidden_size = lstm_hidden_size
         self.n_lstm_layers = n_lstm_layers
         self.shared_lstm, self.enable_critic_lstm = shared_lstm, enable_critic_lstm
@@ -110,6 +117,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
             enable_critic_lstm=self.enable_critic_lstm,
             lstm_kwargs=self.lstm_kwargs,
             channels_last=self.channels_last,
+            normalize_values=self.normalize_values,
         )
         return data
 
@@ -129,6 +137,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         self.mlp_extractor = MlpExtractor(
             self.lstm_hidden_size, net_arch=self.net_arch, activation_fn=self.activation_fn, device=self.device
         )
+        self.value_normalizer = ValueNormalizer() if self.normalize_values else None
 
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
@@ -136,6 +145,13 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
             for weight in self.features_extractor.parameters():
                 if weight.dim() == 4:  # only now: ortho_init needs contiguous weights
                     weight.data = weight.data.clone(memory_format=th.channels_last)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        statistics = prefix + "value_normalizer.statistics"
+        if self.state_dict(prefix=prefix).keys() - state_dict.keys() == {statistics}:
+            # a policy from before there were statistics: its head has learned values in the units of the rewards
+            state_dict[statistics] = th.full((3,), th.nan)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def initial_state(self, n_envs: int) -> LstmState:
         """Zeros, as at the start of an episode."""
@@ -203,12 +219,12 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
             features = self.extract_features(obs, cache.extractor)
             latent, state = cache.record(features, state, episode_starts)
         latent_pi, latent_vf = self._latents(latent, features)
-        return sample_actions(self, latent_pi), self.value_net(latent_vf), state
+        return sample_actions(self, latent_pi), self._value(latent_vf), state
 
     def _heads(self, latent: th.Tensor, features: th.Tensor | None) -> tuple[Distribution, th.Tensor]:
         """As :meth:`_latents` -> distribution of actions, values (batch, 1)"""
         latent_pi, latent_vf = self._latents(latent, features)
-        return self._get_action_dist_from_latent(latent_pi), self.value_net(latent_vf)
+        return self._get_action_dist_from_latent(latent_pi), self._value(latent_vf)
 
     def _latents(self, latent: th.Tensor, features: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
         """Output of the LSTM (batch, lstm_hidden_size), and its input (batch, features_dim) -> inputs of the heads"""
@@ -220,8 +236,23 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     def _values(self, latent: th.Tensor, features: th.Tensor | None) -> th.Tensor:
         """Output of the LSTM (batch, lstm_hidden_size), and its input (batch, features_dim) -> (batch, 1)"""
         of_critic = latent if self.critic is None else self.critic(features)
-        values: th.Tensor = self.value_net(self.mlp_extractor.forward_critic(of_critic))
-        return values
+        return self._value(self.mlp_extractor.forward_critic(of_critic))
+
+    def _value(self, latent_vf: th.Tensor) -> th.Tensor:
+        """Input of the value head (batch, …) -> (batch, 1), in the units of the rewards"""
+        outputs: th.Tensor = self.value_net(latent_vf)
+        return outputs if self.value_normalizer is None else self.value_normalizer(outputs)
+
+    def update_value_scale(self, targets: npt.NDArray[np.floating]) -> float:
+        """
+        Before each update: let the value normalizer take in its value targets.
+
+        :return: the unit in which the loss is to be computed; 1 without a normalizer
+        """
+        if self.value_normalizer is None:
+            return 1.0
+        self.value_normalizer.update(targets)
+        return self.value_normalizer.mean_and_scale[1]
 
     def evaluate_actions(  # type: ignore[override]
         self,
@@ -309,6 +340,7 @@ class LstmActorCriticCnnPolicy(LstmActorCriticPolicy):
     """As :class:`LstmActorCriticPolicy`, for images: :class:`BabyCNN` before the LSTM. Alias: ``CnnLstmPolicy``."""
 
     default_features_extractor_class = BabyCNN
+    default_normalize_values = False
 
 
 class LstmMultiInputActorCriticPolicy(LstmActorCriticPolicy):

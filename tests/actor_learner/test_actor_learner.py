@@ -1,9 +1,11 @@
 """The actor-learner: recurrent states, bootstrapping, chunks, cache, modes and noise."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -17,6 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_a3c import A3C, MlpLstmPolicy
 from sb3_a3c.actor_learner.acting import Rollout
 from sb3_a3c.actor_learner.actor_learner import ActorLearner
+from sb3_a3c.actor_learner.loss import LossTerms, a3c_loss
 from sb3_a3c.policies.activation_cache import cache
 from sb3_a3c.policies.activation_cache.lstm import LstmCache
 from tests.toy_envs import Countdown, Images
@@ -35,6 +38,10 @@ def record_rollouts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ActorLearner,
 
     monkeypatch.setattr(ActorLearner, "_act", act_and_record)
     return rollouts
+
+
+def paying(env: gym.Env[Any, Any], reward: float = 100.0) -> gym.Env[Any, Any]:
+    return gym.wrappers.TransformReward(env, lambda _: reward)
 
 
 def cartpole(n_envs: int) -> VecEnv:
@@ -66,7 +73,8 @@ def test_first_state_is_that_of_a_replay_from_the_start_of_the_episode(monkeypat
 def test_a_time_limit_is_bootstrapped_with_the_last_observation_and_state(monkeypatch: pytest.MonkeyPatch) -> None:
     rollouts = record_rollouts(monkeypatch)
     env = DummyVecEnv([lambda: Countdown([4]), lambda: Countdown([100])])
-    A3C("MlpLstmPolicy", env, learning_rate=0.0, n_steps=6, n_workers=0, seed=1).learn(1)
+    raw = dict(normalize_values=False)  # others change with the targets
+    A3C("MlpLstmPolicy", env, learning_rate=0.0, n_steps=6, policy_kwargs=raw, n_workers=0, seed=1).learn(1)
     learner, rollout = rollouts[0]
     policy: Any = learner.policy
     state, starts = policy.initial_state(1), th.tensor([False])
@@ -77,6 +85,62 @@ def test_a_time_limit_is_bootstrapped_with_the_last_observation_and_state(monkey
     assert rollout.dones[:, 0].tolist() == [False, False, False, True, False, False]
     assert rollout.terminal_values[3, 0] == pytest.approx(expected, abs=1e-6)
     assert np.count_nonzero(rollout.terminal_values) == 1
+
+
+@pytest.mark.parametrize("normalize_advantage", [False, True])
+def test_with_normalized_values_the_loss_is_in_units_of_their_scale(
+    normalize_advantage: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: list[tuple[Any, ...]] = []
+
+    def note(values: th.Tensor, log_prob: th.Tensor, entropy: Any, *others: Any) -> LossTerms:
+        losses.append((values.detach(), *others))
+        return a3c_loss(values, log_prob, entropy, *others)
+
+    monkeypatch.setattr("sb3_a3c.actor_learner.actor_learner.a3c_loss", note)
+    rollouts = record_rollouts(monkeypatch)
+    env = make_vec_env(Countdown, 2, env_kwargs=dict(lengths=[100]), wrapper_class=paying)
+    kwargs: dict[str, Any] = dict(n_steps=3, learning_rate=0.0, gamma=0.5, normalize_advantage=normalize_advantage)
+    model = A3C("MlpLstmPolicy", env, n_workers=0, envs_per_update=1, **kwargs)
+    with th.no_grad():
+        for parameter in model.policy.value_net.parameters():
+            parameter.fill_(0.0)
+    model.learn(1)
+    assert [rollout.values.tolist() for _, rollout in rollouts] == [[[0, 0]] * 3]
+    # rewards of 100: returns of 175, 150 and 100, with a root mean square of 144.3, in the update of each environment
+    returns, mean, scale = th.tensor([[175.0], [150.0], [100.0]]), 425 / 3, math.sqrt((175**2 + 150**2 + 100**2) / 3)
+    for values, targets, advantages, ent_coef, vf_coef in losses:
+        assert th.allclose(values, th.full((3, 1), mean / scale))
+        assert th.allclose(targets, returns / scale)
+        expected = (returns - mean) / returns.std(correction=0) if normalize_advantage else returns / scale
+        assert th.allclose(advantages, expected, atol=1e-5)
+        assert (ent_coef, vf_coef) == pytest.approx((0.01 if normalize_advantage else 0.01 / scale, 0.5))
+    assert len(losses) == 2
+
+
+def test_with_normalized_values_the_size_of_the_rewards_changes_nothing() -> None:
+    learned = []
+    for factor in (8.0, 8192.0):  # powers of two, so that nothing is rounded differently
+        env = make_vec_env("CartPole-v1", 3, wrapper_class=functools.partial(paying, reward=factor))
+        kwargs: dict[str, Any] = dict(learning_rate=1e-2, n_steps=8, ent_coef=0.0, envs_per_update=2)
+        model = A3C("MlpLstmPolicy", env, n_workers=0, seed=0, **kwargs)
+        with th.no_grad():  # the first values are as large as the rewards
+            for parameter in model.policy.value_net.parameters():
+                parameter.fill_(0.0)
+        model.learn(600)
+        normalizer: Any = model.policy.value_normalizer
+        learned.append(th.cat([parameter.detach().flatten() for parameter in model.policy.parameters()]))
+        assert normalizer.mean_and_scale[1] > 4 * factor
+    assert th.equal(*learned)
+
+
+def test_workers_share_the_statistics_of_normalized_values() -> None:
+    env = make_vec_env(Countdown, 4, env_kwargs=dict(lengths=[100]), wrapper_class=paying)
+    model = A3C("MlpLstmPolicy", env, n_steps=3, gamma=0.0, learning_rate=0.0, n_workers=2, take_turns=True).learn(12 * 10)
+    total, squares, weight = model.policy.value_normalizer.statistics.tolist()  # type: ignore[union-attr,operator]
+    assert model._n_updates == 20
+    assert (total / weight, squares / weight) == pytest.approx((100, 10_000))
+    assert weight == pytest.approx(1 - 0.99**20)
 
 
 def test_one_update_for_each_chunk_of_environments() -> None:

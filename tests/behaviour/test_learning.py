@@ -27,38 +27,23 @@ class HiddenVelocities(gym.ObservationWrapper[Any, Any, Any]):
         return observation[::2]
 
 
-CARTPOLE: dict[str, Any] = dict(
-    learning_rate=lambda progress: 3e-3 * progress,
-    n_steps=32,
-    gae_lambda=0.95,
-    ent_coef=0.0,
-    max_grad_norm=10.0,
-    envs_per_update=4,
-    policy_kwargs=dict(lstm_hidden_size=64),
-    n_workers=2,
-)
-
-
-def small_rewards(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    """Returns of hundreds would saturate an LSTM, whose outputs lie between -1 and 1."""
-    return gym.wrappers.TransformReward(env, lambda reward: 0.02 * float(reward))
-
-
-def small_rewards_and_hidden_velocities(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    return HiddenVelocities(small_rewards(env))
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("wrapper", [small_rewards, small_rewards_and_hidden_velocities], ids=["full", "velocities-hidden"])
-def test_cartpole(wrapper: Callable[[Any], Any], seed: int) -> None:
+@pytest.mark.parametrize(
+    ("learning_rate", "wrapper", "timesteps", "least"),
+    [(1e-3, None, 100_000, 400), (2e-4, None, 100_000, 200), (1e-3, HiddenVelocities, 200_000, 400)],
+    ids=["1e-3", "default learning rate", "velocities hidden"],
+)
+def test_cartpole(
+    learning_rate: float, wrapper: Callable[[Any], Any] | None, timesteps: int, least: float, seed: int
+) -> None:
+    """With the defaults, and rewards as they are."""
     env = make_vec_env("CartPole-v1", n_envs=8, wrapper_class=wrapper)
-    model = A3C("MlpLstmPolicy", env, seed=seed, **CARTPOLE)
-    model.learn(300_000)
+    model = A3C("MlpLstmPolicy", env, learning_rate=learning_rate, n_workers=2, seed=seed).learn(timesteps)
     test_env = make_vec_env("CartPole-v1", n_envs=4, seed=1000 + seed, wrapper_class=wrapper)
-    mean, std = evaluate_policy(model, test_env, n_eval_episodes=20)  # Monitor, below the wrapper, has the unscaled rewards
+    mean, std = evaluate_policy(model, test_env, n_eval_episodes=20)
     print(f"seed {seed}: {mean} +- {std}")
     assert isinstance(mean, float)
-    assert mean >= 450
+    assert mean >= least
 
 
 class Recall(gym.Env[Any, Any]):

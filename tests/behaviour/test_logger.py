@@ -207,3 +207,13 @@ def test_success_rate_is_over_the_last_episodes(n_workers: int, tmp_path: Path) 
     assert 0 < sum(expected) < 5
     assert [row["rollout/success_rate"] for row in json_rows(tmp_path)] == pytest.approx(expected)
     assert list(scalars(tmp_path)["rollout/success_rate"].values()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("verbose", [0, 1])
+def test_one_line_says_that_rewards_are_too_large(verbose: int, capsys: pytest.CaptureFixture[str]) -> None:
+    env = cartpole(wrapper_class=lambda env: gym.wrappers.TransformReward(env, lambda reward: 1000 * float(reward)))
+    model = A3C("MlpPolicy", env, n_steps=5, envs_per_update=1, n_workers=0, verbose=verbose)
+    for _ in range(2):  # once in each call of `learn`
+        model.learn(1000)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "VecNormalize(env, norm_obs=False)" in line]
+        assert len(lines) == verbose

@@ -54,6 +54,8 @@ def make(kind: str, **kwargs: Any) -> LstmActorCriticPolicy:
     )
     with th.no_grad():  # SB3 begins with an almost uniform distribution
         linear(policy.action_net).weight.mul_(100)
+    if policy.value_normalizer is not None:
+        policy.value_normalizer.update(np.array([-3.0, 50.0]))
     return policy
 
 
@@ -481,7 +483,7 @@ def test_arguments_of_a_shared_lstm_change_nothing(kind: str) -> None:
 
 @pytest.mark.parametrize("kwargs", [dict(enable_critic_lstm=False), dict(enable_critic_lstm=False, shared_lstm=False)])
 def test_critic_without_memory_is_sb3_contribs(kwargs: dict[str, Any]) -> None:
-    policy = make("mlp", net_arch=[8], **kwargs)
+    policy = make("mlp", net_arch=[8], normalize_values=False, **kwargs)
     theirs = ContribMlpLstmPolicy(VECTOR, CHOICE, lambda _: 1e-4, net_arch=[8], lstm_hidden_size=HIDDEN, **kwargs)
     theirs.load_state_dict({re.sub(r"^lstm\.", "lstm_actor.", name): value for name, value in policy.state_dict().items()})
     state, starts = random_state(policy), STARTS.float()
@@ -635,6 +637,7 @@ def test_saved_policy_is_the_same_when_loaded(kind: str, kwargs: dict[str, Any],
         "enable_critic_lstm",
         "lstm_kwargs",
         "channels_last",
+        "normalize_values",
         "net_arch",
     ):
         assert getattr(loaded, name) == getattr(policy, name)

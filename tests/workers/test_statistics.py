@@ -102,3 +102,44 @@ def test_no_means_over_updates_where_all_were_skipped() -> None:
     assert figures["train/skipped_updates"] == 1
     assert "train/grad_norm" not in figures
     assert "train/staleness" not in figures
+
+
+def learning(n_updates: int, explained: bool, clipped_updates: int) -> RolloutStatistics:
+    """Returns of 0 and 2; values that explain three quarters of their variance, or make it four times as large."""
+    returns = np.array([0.0, 2.0])
+    values = returns / 2 if explained else -returns
+    return statistics_of(returns, values, n_updates=n_updates, clipped_updates=clipped_updates, grad_norm=500.0 * n_updates)
+
+
+def test_a_hint_once_if_no_variance_is_explained_and_all_gradients_are_clipped_for_50_updates() -> None:
+    statistics = TrainingStatistics()
+    for rollout in [learning(2, False, 2)] * 24:
+        statistics.add(rollout)
+        assert statistics.pop_hint() == ""
+    statistics.add(learning(2, False, 2))
+    hint = statistics.pop_hint()
+    assert hint == (
+        "The critic does not learn: in 50 updates running, explained variance is -3, and all gradients are clipped "
+        "(mean norm 500). Probably the rewards are too large: use VecNormalize(env, norm_obs=False)."
+    )
+    for _ in range(100):
+        statistics.add(learning(2, False, 2))
+        assert statistics.pop_hint() == ""
+
+
+@pytest.mark.parametrize(
+    "rollouts",
+    [
+        [learning(2, True, 2)] * 200,
+        [learning(2, False, 1)] * 200,
+        ([learning(2, False, 2)] * 24 + [learning(2, False, 1)]) * 8,
+        [RolloutStatistics(skipped_updates=2)] * 200,
+    ],
+    ids=["explained", "not all clipped", "never for 50 running", "all dropped"],
+)
+def test_no_hint(rollouts: list[RolloutStatistics]) -> None:
+    statistics = TrainingStatistics()
+    for rollout in rollouts:
+        statistics.add(rollout)
+        statistics.pop()  # a log in between changes nothing
+        assert statistics.pop_hint() == ""
