@@ -12,7 +12,7 @@ Timesteps are decisions of the agent, each four frames of the emulator.
 import argparse
 from pathlib import Path
 
-from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, VecTransposeImage
 
@@ -99,12 +99,21 @@ def train(args: argparse.Namespace, folder: Path) -> None:
         model.set_random_seed(args.seed + model.num_timesteps)  # or it would see the first episodes again
         continue_evaluations(evaluation, folder / "evaluations.npz")
     remaining = args.timesteps - model.num_timesteps
+    progress = ProgressBarCallback()
+    interrupted = False
     try:
-        model.learn(remaining, [checkpoints, evaluation], reset_num_timesteps=start is None, progress_bar=True)
-    finally:  # also after Ctrl-C
+        model.learn(remaining, [checkpoints, evaluation, progress], reset_num_timesteps=start is None)
+    except KeyboardInterrupt:
+        interrupted = True
+        if hasattr(progress, "pbar"):  # training has started
+            progress.pbar.close()
+    finally:  # also after an error
         model.save(folder / "model.zip")
-        print(f"Saved {folder / 'model.zip'} after {model.num_timesteps} timesteps")
+        saved = f"Saved {folder / 'model.zip'} after {model.num_timesteps} timesteps"
+        print(f"{saved}. Continue with --resume" if interrupted else saved)
         env.close()
+    if interrupted:
+        raise SystemExit(130)  # as shells have it
 
 
 def record(model: A3C, env: VecEnv, path: Path) -> None:

@@ -27,20 +27,23 @@ from sb3_a3c.actor_learner.config import Hyperparams
 from sb3_a3c.arguments import (
     check_arguments,
     check_device,
+    check_names,
     check_observation_space,
     check_policy,
     check_rate,
     check_total_timesteps,
     check_workers,
+    warn_of_small_clipping,
 )
 from sb3_a3c.envs.sharding import clone_env
 from sb3_a3c.envs.wrapper_state import next_reset_skipped, pending_options, pending_seeds
 from sb3_a3c.policies import CnnLstmPolicy, CnnPolicy, MlpLstmPolicy, MlpPolicy, MultiInputLstmPolicy, MultiInputPolicy
 from sb3_a3c.policies.sampling import to_env_actions
 from sb3_a3c.processes.signals import uninterrupted
-from sb3_a3c.save_util import add_statistics, atomic_write, check_archive
+from sb3_a3c.save_util import atomic_write, check_archive, complete_archive, saved_version
 from sb3_a3c.store.finite import check_finite
 from sb3_a3c.store.optimizer_state import check_optimizer, check_parameters, fixed_options
+from sb3_a3c.version import __version__
 from sb3_a3c.workers.assignment import Assignment
 from sb3_a3c.workers.callback_locals import can_see_observations, install
 from sb3_a3c.workers.collector import HogwildCollector
@@ -102,6 +105,7 @@ class A3C(OnPolicyAlgorithm):
         (out of memory, a crash in C code) or hang. A worker of a ``SubprocVecEnv`` is never replaced
     :param worker_timeout: Seconds that a worker may take for one step of its environments, or for learning from a rollout,
         before it counts as hung and is killed. None: no limit
+    :param others: Must be empty. Arguments of other algorithms raise an error that says what to use instead
     :raises ValueError: for bad arguments, before any worker process starts
     """
 
@@ -146,9 +150,12 @@ class A3C(OnPolicyAlgorithm):
         start_method: str | None = None,
         max_worker_restarts: int = 10,
         worker_timeout: float | None = 300.0,
+        **others: Any,
     ) -> None:
-        check_arguments(locals())
         check_policy(policy, self.policy_aliases)
+        check_names(others, self.policy_aliases[policy] if isinstance(policy, str) else policy, policy_kwargs)
+        check_arguments(locals())
+        warn_of_small_clipping(max_grad_norm, n_steps)
         self.rms_prop_eps = rms_prop_eps
         self.use_rms_prop = use_rms_prop
         self.normalize_advantage = normalize_advantage
@@ -301,6 +308,14 @@ class A3C(OnPolicyAlgorithm):
             *self._pending_resets,
             report_obs=can_see_observations(callback),
         )
+        if self.verbose >= 1:
+            print(assignment.summary(), flush=True)
+            if self.seed is not None and assignment.n_workers > 1 and not self.take_turns:
+                print(
+                    f"With several workers, two runs with seed={self.seed} differ. "
+                    "Those with n_workers=1 or take_turns=True are identical.",
+                    flush=True,
+                )
         return HogwildCollector(
             assignment,
             self.policy,
@@ -314,7 +329,7 @@ class A3C(OnPolicyAlgorithm):
 
     def _stop_workers(self) -> None:
         """End all worker processes and copy parameters and optimizer state into the model."""
-        if self._collector is None:
+        if self._collector is None or self._collector.is_forked:  # only the process that began may stop them
             return
         with uninterrupted() as hurry:  # set by a second Ctrl-C
             collector, self._collector = self._collector, None
@@ -412,8 +427,15 @@ class A3C(OnPolicyAlgorithm):
         self._collector.update_hyperparams(hyperparams)
 
     def train(self) -> None:
-        """Fetch what the workers have learned so far; they make the gradient steps."""
-        assert self._collector is not None
+        """
+        Fetch what the workers have learned so far; they make the gradient steps.
+
+        :raises RuntimeError: if no workers run
+        """
+        if self._collector is None:
+            raise RuntimeError(
+                "`train` fetches what workers have learned, and no workers run. Call `learn`, which calls it."
+            )
         self._fetch(self._collector)
         if fixed_options(self.policy.optimizer) != self._optimizer_options:
             raise ValueError(
@@ -454,8 +476,7 @@ class A3C(OnPolicyAlgorithm):
         """
         content = io.BytesIO()
         super().save(content, exclude, include)
-        if (normalize := self.get_vec_normalize_env()) is not None:
-            add_statistics(content, normalize)
+        complete_archive(content, self.get_vec_normalize_env())
         if isinstance(path, str | Path):
             atomic_write(path, content.getbuffer())
         else:
@@ -481,6 +502,8 @@ class A3C(OnPolicyAlgorithm):
         :raises ValueError: if the file is damaged or was saved by another algorithm, or if an argument is bad
         """
         check_archive(path, own_argument="envs_per_update")
+        if print_system_info:
+            print(f"== sb3_a3c: {__version__}; the model was saved by {saved_version(path)} ==")
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:

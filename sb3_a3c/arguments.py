@@ -1,6 +1,7 @@
 """Argument validation. Each error names the argument, its value and what to pass instead."""
 
 import math
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -13,10 +14,20 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.envs.sharding import take_share
-from sb3_a3c.policies.lstm_policies import CnnLstmPolicy, CnnPolicy, MlpLstmPolicy, MlpPolicy
+from sb3_a3c.policies.lstm_policies import CnnLstmPolicy, CnnPolicy, LstmActorCriticPolicy, MlpLstmPolicy, MlpPolicy
 
 _OBSERVATION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Dict)
 _MAXIMA = dict(gamma=1.0, gae_lambda=1.0, ent_coef=math.inf, vf_coef=math.inf, max_grad_norm=math.inf)
+
+
+#: Arguments of PPO and RecurrentPPO that A3C does not have, and what to do instead.
+_OF_PPO = {
+    "n_epochs": "leave it out, each rollout is learned from once",
+    "batch_size": "leave it out, each update learns from `n_steps` steps of `envs_per_update` environments",
+    "clip_range": "leave it out, each rollout is learned from once, so the policy can't go far from the one that acted",
+    "clip_range_vf": "leave it out, like `clip_range`",
+    "target_kl": "leave it out, like `n_epochs`",
+}
 
 
 def _is_integer(value: Any) -> bool:
@@ -62,6 +73,30 @@ def check_arguments(values: Mapping[str, Any]) -> None:
                 f"`{name}` must be None, not {values[name]!r}: A3C has no rollout buffer, each worker learns from its "
                 "rollout at once."
             )
+
+
+def check_names(others: Collection[str], policy: Any, policy_kwargs: Mapping[str, Any] | None) -> None:
+    """
+    Raise a ValueError that lists all arguments that A3C does not have, and those of the policy that it can't have.
+
+    :param others: names of arguments that are none of A3C's
+    :param policy: the class of the policy
+    """
+    errors = [f"`{name}`: {_OF_PPO.get(name, 'A3C has no such argument')}" for name in others]
+    if isinstance(policy, type) and issubclass(policy, LstmActorCriticPolicy):
+        errors += [f"policy_kwargs: {error}" for error in policy.impossible(policy_kwargs or {})]
+    if errors:
+        raise ValueError("\n".join(["These arguments are not possible in A3C:", *errors]))
+
+
+def warn_of_small_clipping(max_grad_norm: float, n_steps: int) -> None:
+    """Warn of ``max_grad_norm=0.5``, which is A2C's default and PPO's."""
+    if max_grad_norm == 0.5:
+        warnings.warn(
+            f"`max_grad_norm=0.5`, the default of A2C and PPO, is small in A3C, whose loss is a sum over the {n_steps} "
+            f"steps of a rollout and not a mean: {0.5 * n_steps:g} clips as theirs does. A3C's default is 40.",
+            stacklevel=3,
+        )
 
 
 def check_rate(name: str, schedule: float | Schedule, progress_remaining: float) -> float:
@@ -119,8 +154,9 @@ def check_workers(env: VecEnv, n_workers: int | None) -> None:
         return
     if n_workers > env.num_envs:
         raise ValueError(
-            f"n_workers={n_workers}, but there are only {env.num_envs} environments, and each worker needs "
-            f"at least one. Use n_workers={env.num_envs}, or make_vec_env(…, n_envs={n_workers})."
+            f"n_workers={n_workers}, but the number of environments is {env.num_envs}, and each worker needs at least one. "
+            f"Use n_workers={env.num_envs}, for a saved model `load(…, n_workers={env.num_envs})`, or "
+            f"make_vec_env(…, n_envs={n_workers})."
         )
     take_share(env, range(env.num_envs))
 

@@ -14,10 +14,14 @@ from typing import Any
 
 import cloudpickle
 
+from sb3_a3c.version import __version__
+
 #: Members of a model's zip-file.
 _MEMBERS = ("data", "policy.pth", "policy.optimizer.pth")
 #: Another member, if the model's environments have a ``VecNormalize``: that one, pickled. SB3's ``load`` ignores it.
 _STATISTICS = "vecnormalize.pkl"
+#: Another member: the version of this package that has saved the model.
+_VERSION = "_sb3_a3c_version"
 
 #: Errors of a file that can't be replaced, but perhaps written to: it is mounted itself, or its folder is read-only.
 _IRREPLACEABLE = {errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -72,10 +76,18 @@ def _replace(path: Path, content: bytes | memoryview) -> None:
         part.unlink(missing_ok=True)
 
 
-def add_statistics(file: io.BytesIO, normalize: Any) -> None:
-    """Add a ``VecNormalize`` to a model's zip-file."""
+def complete_archive(file: io.BytesIO, normalize: Any) -> None:
+    """Add the version of this package to a model's zip-file, and a ``VecNormalize`` unless it is None."""
     with zipfile.ZipFile(file, "a") as archive:
-        archive.writestr(_STATISTICS, cloudpickle.dumps(normalize))  # as SB3 pickles the other parts
+        archive.writestr(_VERSION, __version__)
+        if normalize is not None:
+            archive.writestr(_STATISTICS, cloudpickle.dumps(normalize))  # as SB3 pickles the other parts
+
+
+def saved_version(path: str | Path | io.BufferedIOBase) -> str:
+    """Return the version of this package that has saved a model; "0.1.0 or before" if the file does not tell."""
+    with zipfile.ZipFile(_find(path)) as archive:
+        return archive.read(_VERSION).decode() if _VERSION in archive.namelist() else "0.1.0 or before"
 
 
 def read_statistics(path: str | Path | io.BufferedIOBase) -> Any:

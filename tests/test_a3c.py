@@ -277,3 +277,8 @@ def test_defaults_are_those_of_baby_a3c_except_for_the_learning_rate() -> None:
     assert (model.ent_coef, model.vf_coef, model.max_grad_norm) == (0.01, 0.5, 40.0)
     assert model.device == th.device("cpu")
     assert model.policy_kwargs == {}
+
+
+def test_train_outside_learn() -> None:
+    with pytest.raises(RuntimeError, match=r"no workers run\. Call `learn`"):
+        A3C("MlpPolicy", "CartPole-v1").train()

@@ -21,7 +21,7 @@ FLOORS = [
     {"workers"},
     {"actor_learner"},
     {"policies", "store", "envs", "processes"},
-    {"errors", "atari"},
+    {"errors", "atari", "version"},
 ]
 #: Modules that implement the store. All others are written against the protocols of ``store.base``.
 IMPLEMENTATIONS = {"store.shared_memory", "store.replica", "store.layout"}

@@ -52,7 +52,7 @@ CHANGEABLE: list[Any] = [
     ("n_workers", -1, r"`n_workers` must be an integer and at least 0, or None \(one for each core\), not -1"),
     ("n_workers", 1.5, "`n_workers` must be an integer"),
     ("n_workers", True, "`n_workers` must be an integer and at least 0.*not True"),
-    ("n_workers", 5, "n_workers=5, but there are only 4 environments.*Use n_workers=4"),
+    ("n_workers", 5, "n_workers=5, but the number of environments is 4.*Use n_workers=4"),
     ("n_steps", 0, "`n_steps` must be an integer and at least 1, not 0"),
     ("n_steps", 5.0, "`n_steps` must be an integer"),
     ("n_steps", np.int64(0), "`n_steps` must be an integer and at least 1"),
@@ -113,6 +113,14 @@ def test_load(name: str, value: Any, message: str, path: Path) -> None:
         A3C.load(path, env=cartpole(), **{name: value}).learn(100)
 
 
+def test_load_with_a_single_environment(path: Path) -> None:
+    """It is not copied for each worker, as it is in the constructor; what the error proposes works."""
+    env = gym.make("CartPole-v1")
+    with pytest.raises(ValueError, match=r"the number of environments is 1,.* `load\(…, n_workers=1\)`"):
+        A3C.load(path, env=env).learn(100)
+    assert A3C.load(path, env=env, n_workers=1).learn(100).num_timesteps == 100
+
+
 @pytest.mark.usefixtures("no_process_starts")
 @pytest.mark.parametrize(("name", "value", "message"), [case for case in CHANGEABLE if case[0] != "learning_rate"])
 def test_attributes_changed_before_learn(name: str, value: Any, message: str, path: Path) -> None:
@@ -160,7 +168,9 @@ def test_environments_that_do_not_suit_the_workers(path: Path) -> None:
 
 def test_numbers_of_numpy(tmp_path: Path) -> None:
     integers: dict[str, Any] = dict(n_workers=2, n_steps=5, envs_per_update=1, max_worker_restarts=1, seed=1)
-    floats: dict[str, Any] = dict(gamma=0.9, gae_lambda=0.8, ent_coef=0.0, vf_coef=1.0, max_grad_norm=0.5, learning_rate=0.5)
+    floats: dict[str, Any] = dict(
+        gamma=0.9, gae_lambda=0.8, ent_coef=0.0, vf_coef=1.0, max_grad_norm=0.75, learning_rate=0.5
+    )
     floats["worker_timeout"] = 100.0
     numbers = {k: np.int64(v) for k, v in integers.items()} | {k: np.float32(v) for k, v in floats.items()}
     model = A3C("MlpPolicy", cartpole(), take_turns=True, **numbers).learn(100 * np.int64(1))  # type: ignore[arg-type]
@@ -191,3 +201,26 @@ def test_total_timesteps(total: Any) -> None:
     model = A3C("MlpPolicy", "CartPole-v1", n_workers=0)
     with pytest.raises(ValueError, match=r"`total_timesteps` must be a number of timesteps, not "):
         model.learn(total)
+
+
+def test_arguments_of_other_algorithms_are_listed_at_once() -> None:
+    ppo: dict[str, Any] = dict(n_epochs=10, batch_size=128, clip_range=0.2, clip_range_vf=None, target_kl=0.1, n_stacks=1)
+    policy_kwargs = dict(enable_critic_lstm=True, share_features_extractor=False, lstm_kwargs=dict(bidirectional=True))
+    with pytest.raises(ValueError, match="not possible in A3C") as caught:
+        A3C("MlpLstmPolicy", cartpole(), **ppo, policy_kwargs=policy_kwargs)
+    first, *lines = str(caught.value).splitlines()
+    assert first == "These arguments are not possible in A3C:"
+    assert [line.split(":")[0] for line in lines] == [*(f"`{name}`" for name in ppo), *["policy_kwargs"] * 3]
+    assert (
+        lines[1] == "`batch_size`: leave it out, each update learns from `n_steps` steps of `envs_per_update` environments"
+    )
+    assert lines[5] == "`n_stacks`: A3C has no such argument"
+    for line, name in zip(lines[6:], ("enable_critic_lstm", "share_features_extractor", "bidirectional"), strict=True):
+        assert f"`{name}" in line
+    A3C("MlpPolicy", cartpole(), policy_kwargs=dict(share_features_extractor=False))  # as in A2C
+
+
+def test_the_clipping_of_a2c_is_small() -> None:
+    with pytest.warns(UserWarning, match=r"sum over the 8 steps of a rollout.*: 4 clips as theirs does") as caught:
+        A3C("MlpPolicy", cartpole(), max_grad_norm=0.5, n_steps=8)
+    assert [warning.filename for warning in caught] == [__file__]

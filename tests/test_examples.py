@@ -3,8 +3,10 @@
 import ast
 import re
 import runpy
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,6 +149,27 @@ def test_train_atari(run: Callable[..., str], tmp_path: Path) -> None:
     output = run("train_atari", *ATARI, "--record", "game.mp4")
     assert (tmp_path / "game.mp4").stat().st_size > 10_000
     assert "steps in game.mp4" in output
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGINT") or sys.platform == "win32", reason="signals of POSIX")
+def test_ctrl_c_in_train_atari(tmp_path: Path) -> None:
+    command = [sys.executable, "-u", str(EXAMPLES / "train_atari.py"), *ATARI, "--timesteps", "1000000"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        timer = threading.Timer(100.0, process.kill)
+        timer.start()
+        for line in process.stdout:
+            if line.startswith("A3C starts"):
+                process.send_signal(signal.SIGINT)
+                break
+        output = process.stdout.read()
+        timer.cancel()
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    last = output.rstrip().splitlines()[-1]
+    assert re.search(r"Saved logs/\S+/model\.zip after \d+ timesteps\. Continue with --resume$", last)
+    A3C.load(next(tmp_path.glob("logs/*/model.zip")))
 
 
 def test_train_atari_records_gifs(tmp_path: Path) -> None:

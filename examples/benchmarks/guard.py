@@ -64,7 +64,7 @@ def main() -> None:
     env = make_ale_vec_env("PongNoFrameskip-v4", args.n_envs, seed=0)
     model = A3C("CnnLstmPolicy", env, n_workers=0, seed=0)
     config = WorkerConfig(0, 0, tuple(range(args.n_envs)), cloudpickle.dumps(model.policy), model._hyperparams(), False)
-    channel = WorkerChannel(None, queue.SimpleQueue(), th.zeros(2, dtype=th.int64), 0)  # type: ignore[arg-type]
+    channel = WorkerChannel(None, queue.SimpleQueue(), th.zeros(2, 2, dtype=th.int64), 0)  # type: ignore[arg-type]
     learner = ActorLearner(config, model.env, SharedMemoryStore(model.policy, 1), channel.works)  # type: ignore[arg-type]
     for _ in range(5):  # torch warms up
         learner.rollout(model.lr_schedule(1.0))

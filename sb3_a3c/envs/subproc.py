@@ -31,8 +31,8 @@ def lend(env: SubprocVecEnv, indices: Sequence[int]) -> SubprocVecEnv:
 
 def take_back(env: SubprocVecEnv, indices: Iterable[int], patience: float = math.inf) -> None:
     """
-    Discard the replies that a dead worker did not read. Warn of environments that do not answer within ``patience``
-    seconds, or ``TAKE_BACK_SECONDS`` if that is less.
+    Discard the replies that no worker has read. Warn of environments that do not answer within ``patience`` seconds, or
+    ``TAKE_BACK_SECONDS`` if that is less.
     """
     env.waiting = False
     mark = secrets.token_hex(8)
@@ -40,8 +40,8 @@ def take_back(env: SubprocVecEnv, indices: Iterable[int], patience: float = math
     lost = [index for index in indices if not _answers(env.remotes[index], mark, deadline)]
     if lost:
         warnings.warn(
-            f"The processes of the environments {lost} do not answer any more since the worker that drove them died. "
-            "Close this SubprocVecEnv and make a new one.",
+            f"The processes of the environments {lost} do not answer any more: a terminal's Ctrl-C has ended them too, or "
+            "the worker that drove them died. Close this SubprocVecEnv and make a new one.",
             stacklevel=2,
         )
 

@@ -5,7 +5,7 @@ A rollout of ``n_steps`` steps in ``n_envs`` environments is a time-major batch,
 ``episode_starts``, (n_steps, n_envs), gives both numbers. Acting is a rollout of one step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,22 +73,33 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         self.n_lstm_layers = n_lstm_layers
         self.shared_lstm, self.enable_critic_lstm = shared_lstm, enable_critic_lstm
         self.lstm_kwargs = lstm_kwargs or {}
+        own = dict(shared_lstm=shared_lstm, enable_critic_lstm=enable_critic_lstm, lstm_kwargs=lstm_kwargs)
+        if errors := self.impossible({**kwargs, **own}):
+            raise ValueError(" ".join(errors))
+        kwargs.setdefault("features_extractor_class", self.default_features_extractor_class)
+        super().__init__(observation_space, action_space, lr_schedule, net_arch or [], *args, **kwargs)
+
+    @staticmethod
+    def impossible(kwargs: Mapping[str, Any]) -> list[str]:
+        """For each of the constructor's arguments that asks for something impossible, what to use instead."""
+        shared_lstm, enable_critic_lstm = kwargs.get("shared_lstm"), kwargs.get("enable_critic_lstm")
+        errors = []
         if enable_critic_lstm or (shared_lstm is not None and not shared_lstm and enable_critic_lstm is None):
-            raise ValueError(
+            errors.append(
                 "`enable_critic_lstm=True`, which is RecurrentPPO's default without `shared_lstm=True`, is not possible: "
                 "A3C's critic has no LSTM of its own. Leave both out, or use `shared_lstm=True` alone, for one LSTM that "
                 "learns from actor and critic; or `enable_critic_lstm=False` alone for a critic without memory."
             )
         if not kwargs.get("share_features_extractor", True):
-            raise ValueError(
+            errors.append(
                 "`share_features_extractor=False` is not possible with an LSTM: actor and critic share what comes before "
                 "it. Leave it out, and use e.g. `net_arch=dict(pi=[64], vf=[64])` for separate layers after the LSTM."
             )
-        for name in ("bidirectional", "batch_first", "proj_size"):
-            if self.lstm_kwargs.get(name):
-                raise ValueError(f"lstm_kwargs: `{name}` is not possible in a policy that acts step by step; leave it out.")
-        kwargs.setdefault("features_extractor_class", self.default_features_extractor_class)
-        super().__init__(observation_space, action_space, lr_schedule, net_arch or [], *args, **kwargs)
+        lstm_kwargs = kwargs.get("lstm_kwargs") or {}
+        wrong = [f"`{name}`" for name in ("bidirectional", "batch_first", "proj_size") if lstm_kwargs.get(name)]
+        if wrong:
+            errors.append(f"lstm_kwargs: {', '.join(wrong)}: not possible in a policy that acts step by step; leave it out.")
+        return errors
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()

@@ -6,6 +6,7 @@ import os
 import pickle
 import queue
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -15,6 +16,9 @@ from typing import Any, NamedTuple
 
 import cloudpickle
 import torch as th
+
+from sb3_a3c.processes import start
+from sb3_a3c.processes.heartbeats import BEAT_SECONDS, PROCESS, WORK
 
 Pipe = connection.Connection  # one end of a pipe
 
@@ -51,22 +55,22 @@ class WorkerChannel:
     def __init__(self, pipe: "Pipe[Any, Any]", inbox: "queue.SimpleQueue[bytes]", flags: th.Tensor, index: int) -> None:
         self._pipe = pipe
         self._inbox = inbox
-        self._stop_flag = flags[:1].numpy()
-        self._heartbeat = flags[1 + index : 2 + index].numpy()
+        self._stop_flag = flags[0].numpy()
+        self._heartbeats = flags[1 + index].numpy()
 
     def send(self, message: Any) -> None:
         """Send anything that pickle or cloudpickle can pickle. Blocks while the pipe is full."""
         self._send_bytes(dumps(message))
 
-    def serve(self, handler: Callable[[Any], Any], timeout: float | None = 0.0) -> bool:
+    def serve(self, handler: Callable[[Any], Any], block: bool = False) -> bool:
         """
         Take one message out of the inbox and call ``handler`` with it. If the message is a request, what ``handler``
         returns or raises is sent as the answer. Return whether there was a message.
 
-        :param timeout: seconds to wait for a message; None waits until one arrives or a stop is requested
+        :param block: whether to wait until a message arrives or a stop is requested
         """
         try:
-            message = pickle.loads(self._inbox.get(timeout != 0, timeout))
+            message = pickle.loads(self._inbox.get(block))
         except queue.Empty:
             return False
         if isinstance(message, Request):
@@ -94,24 +98,33 @@ class WorkerChannel:
 
     def works(self) -> bool:
         """Record a heartbeat: the next one, or :meth:`rests`, must follow within ``timeout``. Returns :meth:`stopped`."""
-        self._heartbeat[0] = time.monotonic_ns()  # one clock for all processes of a machine
+        start.is_bootstrapping = False
+        self._heartbeats[WORK] = time.monotonic_ns()
         return bool(self._stop_flag[0])
 
     def rests(self) -> None:
         """Clear the heartbeat: from now on the worker may wait for any time."""
-        self._heartbeat[0] = 0
+        self._heartbeats[WORK] = 0
+
+    def beat(self) -> None:
+        """Record a heartbeat of the process."""
+        self._heartbeats[PROCESS] = time.monotonic_ns()
 
 
 def worker_process(
     target: bytes, pipe: "Pipe[Any, Any]", inbox: "Pipe[Any, Any]", flags: th.Tensor, index: int, arguments: tuple[Any, ...]
 ) -> None:
     """Entry point of a worker process."""
+    start.is_bootstrapping = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the main process stops the workers
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked during the start; an environment may use it
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    _die_with(parent.sentinel)
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_empty_inbox, args=(inbox, messages), daemon=True).start()
     channel = WorkerChannel(pipe, messages, flags, index)
+    threading.Thread(target=_empty_inbox, args=(inbox, messages, parent.sentinel, channel.beat), daemon=True).start()
     try:
         pickle.loads(target)(channel, *arguments)
         channel.send(Returned())
@@ -119,26 +132,55 @@ def worker_process(
         channel.send(_raised(exception))
 
 
-def _empty_inbox(inbox: "Pipe[Any, Any]", messages: "queue.SimpleQueue[bytes]") -> None:
-    """A thread that reads messages as they arrive, so that the main process never blocks. Exits when that process does."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+def _empty_inbox(
+    inbox: "Pipe[Any, Any]", messages: "queue.SimpleQueue[bytes]", parent: int, beat: Callable[[], None]
+) -> None:
+    """A thread that reads messages as they arrive, and shows that the process runs. Exits when the main process does."""
     with contextlib.suppress(EOFError, OSError):
-        while parent.sentinel not in connection.wait([inbox, parent.sentinel]):
-            messages.put(inbox.recv_bytes())
+        while True:
+            beat()
+            ready = connection.wait([inbox, parent], BEAT_SECONDS)
+            if parent in ready:
+                break
+            if inbox in ready:
+                messages.put(inbox.recv_bytes())
     os._exit(1)
+
+
+def _die_with(parent: int) -> None:
+    """
+    Let Linux kill this process when the main process is gone, even if C code keeps Python's lock from the thread.
+
+    :param parent: the sentinel of the main process, the end of a pipe to which nothing more is written
+    """
+    if sys.platform == "linux":
+        import fcntl
+
+        set_signal = 10  # F_SETSIG of <fcntl.h>
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(parent, fcntl.F_SETOWN, os.getpid())
+            fcntl.fcntl(parent, set_signal, signal.SIGKILL)
+            fcntl.fcntl(parent, fcntl.F_SETFL, fcntl.fcntl(parent, fcntl.F_GETFL) | os.O_ASYNC)
+    if connection.wait([parent], 0):
+        os._exit(1)  # it was gone before
 
 
 def _raised(exception: BaseException) -> Raised:
     text = traceback.format_exc()
     exception.__traceback__ = None
-    try:
+    with contextlib.suppress(Exception):
         copy = pickle.loads(dumps(exception))
+        str(copy)  # as the main process is going to do
         if type(copy) is type(exception) and isinstance(exception, Exception):  # SystemExit would end the user's program
             return Raised(exception, text)
-    except Exception:
-        pass
-    return Raised(RuntimeError(f"{type(exception).__name__}: {exception}"), text)  # the exception can't be pickled
+    return Raised(RuntimeError(f"{type(exception).__name__}: {_message(exception)}"), text)  # the exception can't be sent
+
+
+def _message(exception: BaseException) -> str:
+    try:
+        return str(exception)
+    except Exception as error:
+        return f"its __str__ raised {type(error).__name__}"
 
 
 def dumps(message: Any) -> bytes:

@@ -6,20 +6,20 @@ Who reads and writes what, for each worker process::
     main process                                       worker process
       arguments ─────────── at the start ────────────► target(channel, *arguments)
       receive() ◄────────── messages and answers, a pipe ── channel.send(), channel.serve()
-      send(), ask() ─────── inbox, a pipe ───────────────► channel.serve()
+      send(), ask() ─────── outbox, inbox: a pipe ───────► channel.serve()
       receive() ◄────────── sentinel: the process has ended
       request_stop() ────── stop flag, shared memory ────► channel.stopped()
-      timeout ◄──────────── heartbeat, shared memory ───── channel.works(), channel.rests()
+      timeout ◄──────────── heartbeats, shared memory ──── channel.works(), channel.rests(), channel.beat()
 
 Workers share no queue, lock or semaphore: a worker killed while it holds one would stop all the others. The operating system
-bounds the pipes, so ``channel.send()`` blocks while the main process does not read. The main process never blocks, because a
-thread of the worker empties its inbox.
+bounds the pipes, so ``channel.send()`` blocks while the main process does not read. The main process never blocks when
+it sends: a thread of its own writes the messages to each worker, and a thread of the worker empties its inbox.
 """
 
-import contextlib
 import itertools
 import math
 import multiprocessing.process
+import os
 import pickle
 import signal
 import threading
@@ -34,11 +34,11 @@ import torch as th
 
 from sb3_a3c.errors import RemoteTraceback, WorkerDiedError
 from sb3_a3c.processes.channel import Answer, Pipe, Raised, Request, Returned, dumps, worker_process
+from sb3_a3c.processes.heartbeats import HangDetector
+from sb3_a3c.processes.outbox import Outbox
 from sb3_a3c.processes.signals import uninterrupted
-from sb3_a3c.processes.start import prepared_start, process_context
+from sb3_a3c.processes.start import Arguments, prepared_start, process_context
 
-#: Seconds between two checks of the heartbeats.
-LOOK_SECONDS = 1.0
 #: Seconds that workers have to end by themselves, and then after SIGTERM, before they are killed.
 STOP_SECONDS = 1.0
 
@@ -48,10 +48,11 @@ class Supervisor:
     Worker processes that run ``target(channel, *arguments[i])``.
 
     :param target: a function that can be imported, or that cloudpickle can pickle
-    :param arguments: one tuple for each process, pickled by multiprocessing, so that shared tensors stay shared
+    :param arguments: one tuple for each process; shared tensors stay shared
     :param start_method: "forkserver" or "spawn"; by default the first that the platform has
     :param preload: names of modules that a new fork server imports once for all its children
-    :param timeout: seconds after which a worker without a new heartbeat (:meth:`WorkerChannel.works`) is killed; None: never
+    :param timeout: seconds after which a worker without a new heartbeat (:meth:`WorkerChannel.works`), or whose process does
+        not run, is killed; None: never
     """
 
     def __init__(
@@ -66,17 +67,16 @@ class Supervisor:
         self._arguments = arguments
         self._context = process_context(start_method)
         self._preload = preload
-        self._flags = th.zeros(1 + len(arguments), dtype=th.int64)  # the stop flag, and the workers' heartbeats
+        self._flags = th.zeros(1 + len(arguments), 2, dtype=th.int64)  # the stop flag, and the workers' heartbeats
         self._flags.share_memory_()  # type: ignore[no-untyped-call]
-        self._heartbeats = self._flags[1:].numpy()
-        self._timeout = timeout
-        self._next_look = 0.0
+        self._hang_detector = HangDetector(len(arguments), timeout)
+        self._pid = os.getpid()
         # these dictionaries and sets are by worker
         self._processes: dict[int, ForkServerProcess | SpawnProcess] = {}
         self._pipes: dict[int, Pipe[Any, Any]] = {}  # the open ones
-        self._inboxes: dict[int, Pipe[Any, Any]] = {}
+        self._outboxes: dict[int, Outbox] = {}
         self._answers: dict[int, Answer] = {}
-        self._hung: set[int] = set()  # killed after `timeout`
+        self._hung: dict[int, str] = {}  # killed after `timeout`, and why
         self._ended: set[int] = set()  # returned, raised or dead
         self._received: list[tuple[int, Any]] = []  # messages for the next call of `take`
         self._failures: list[BaseException] = []  # to be raised once each
@@ -96,19 +96,20 @@ class Supervisor:
         """Start a process in place of worker ``index``, whose :class:`WorkerDiedError` was raised."""
         if index in self._pipes:  # children of the dead process keep the other end open
             self._pipes.pop(index).close()
-        self._inboxes.pop(index).close()
+        self._outboxes.pop(index).close()
         self._processes.pop(index).close()
-        self._heartbeats[index] = 0
-        self._hung.discard(index)
+        self._flags[1 + index] = 0
+        self._hung.pop(index, None)
         self._start(index, arguments)
         self._ended.discard(index)
 
     def _start(self, index: int, arguments: tuple[Any, ...]) -> None:
         self._pipes[index], writer = self._context.Pipe(duplex=False)
-        inbox_reader, self._inboxes[index] = self._context.Pipe(duplex=False)
+        inbox_reader, inbox_writer = self._context.Pipe(duplex=False)
+        self._outboxes[index] = Outbox(inbox_writer)
         process = self._context.Process(
             target=worker_process,
-            args=(self._target, writer, inbox_reader, self._flags, index, arguments),
+            args=(self._target, writer, inbox_reader, self._flags, index, Arguments(arguments)),
             name=f"a3c-worker-{index}",
         )
         try:
@@ -134,6 +135,18 @@ class Supervisor:
         """Process ids, in order of the workers."""
         return [self._processes[index].pid or -1 for index in sorted(self._processes)]
 
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a forked copy of the process that has started the workers, which must leave them alone."""
+        return os.getpid() != self._pid
+
+    def _check_not_forked(self) -> None:
+        if self.is_forked:
+            raise RuntimeError(
+                "This process was forked from the one in which A3C learns, and can't go on learning with its workers. "
+                "Leave the callback by os._exit(), or don't fork in it."
+            )
+
     def wait(self, timeout: float | None = None) -> None:
         """
         Wait until there is at least one message, all workers have finished, or ``timeout`` seconds have passed.
@@ -141,6 +154,7 @@ class Supervisor:
         :raises WorkerDiedError: if a worker died, once all messages received before have been taken
         :raises BaseException: what a worker raised, likewise
         """
+        self._check_not_forked()
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         while not self._received and not self.finished:
             if self._failures:
@@ -159,9 +173,9 @@ class Supervisor:
         return received
 
     def send(self, index: int, message: Any) -> None:
-        """Put a message into a worker's inbox. Does nothing if the worker has ended."""
-        with contextlib.suppress(OSError, KeyError):  # KeyError if it could not be replaced
-            self._inboxes[index].send_bytes(dumps(message))
+        """Put a message into a worker's inbox, without waiting. Does nothing if the worker has ended."""
+        if index in self._outboxes and not self.is_forked:  # not, if it could not be replaced
+            self._outboxes[index].put(dumps(message))
 
     def ask(self, requests: Mapping[int, Any], on_death: Callable[[WorkerDiedError], None] | None = None) -> dict[int, Any]:
         """
@@ -174,6 +188,7 @@ class Supervisor:
         :raises RuntimeError: if a worker that was asked has ended
         :raises BaseException: what a worker raised; if that ended the worker, :meth:`receive` raises it again
         """
+        self._check_not_forked()
         number = next(self._request_numbers)
         for index, content in requests.items():
             self._answers.pop(index, None)
@@ -199,15 +214,19 @@ class Supervisor:
 
     def request_stop(self) -> None:
         """Ask all workers to end soon. Keep receiving until ``finished``, or call :meth:`stop`."""
+        if self.is_forked:
+            return
         self._flags[0] = 1
-        for index in self._inboxes:
+        for index in self._outboxes:
             self.send(index, None)
 
     def stop(self, hurry: threading.Event | None = None) -> None:
         """
         End all processes, by force if they take longer than ``STOP_SECONDS`` or if ``hurry`` is set (by a second Ctrl-C),
-        and free their resources.
+        and free their resources. In a forked process this does nothing: they are not its children.
         """
+        if self.is_forked:
+            return
         self.request_stop()
         try:
             for end in (self._discard_messages, self._join_all, self._terminate_all):
@@ -218,9 +237,12 @@ class Supervisor:
                     process.kill()
                 process.join()
                 process.close()
-            for pipe in [*self._pipes.values(), *self._inboxes.values()]:
+            for pipe in self._pipes.values():
                 pipe.close()
-            self._pipes, self._inboxes, self._processes = {}, {}, {}
+            for outbox in self._outboxes.values():
+                outbox.close()
+            self._pipes, self._outboxes, self._processes = {}, {}, {}
+            self._flags = self._flags.clone()  # an exception's traceback may keep this object, but no shared memory
 
     def _discard_messages(self, deadline: float) -> None:
         """Unblock workers that wait in ``send``, until all have closed their pipes."""
@@ -249,7 +271,7 @@ class Supervisor:
         while not ready:
             self._kill_hung_workers()
             sentinels = [process.sentinel for index, process in self._processes.items() if index not in self._ended]
-            wait = min(deadline - time.monotonic(), math.inf if self._timeout is None else LOOK_SECONDS)
+            wait = min(deadline - time.monotonic(), self._hang_detector.seconds_to_next_look())
             ready = connection.wait([*self._pipes.values(), *sentinels], None if wait == math.inf else max(0.0, wait))
             if not ready and time.monotonic() >= deadline:
                 return False
@@ -263,18 +285,10 @@ class Supervisor:
         return True
 
     def _kill_hung_workers(self) -> None:
-        """Kill workers whose last heartbeat is older than ``timeout``."""
-        late = time.monotonic() - self._next_look
-        if self._timeout is None or late < 0:
-            return
-        self._next_look = time.monotonic() + LOOK_SECONDS
-        if late > 10 * LOOK_SECONDS:
-            return  # this process was stopped, as by Ctrl-Z; the workers probably were, too
-        oldest = time.monotonic_ns() - int(self._timeout * 1e9)
-        for index, process in self._processes.items():
-            if 0 < self._heartbeats[index] < oldest and index not in self._ended:
-                self._hung.add(index)
-                process.kill()
+        for index, fault in self._hang_detector.look(self._flags[1:].numpy()).items():
+            if index not in self._ended:
+                self._hung[index] = fault
+                self._processes[index].kill()
 
     def _read(self, index: int, pipe: "Pipe[Any, Any]") -> None:
         """Read one message from a pipe that is ready, or close the pipe at its end."""
@@ -299,13 +313,8 @@ class Supervisor:
             return  # its final messages are read first; not up to the pipe's end, as its children may keep the pipe open
         process.join()
         self._ended.add(index)
-        if index in self._hung:
-            how = (
-                f"was killed because it made no progress for {self._timeout:g} s. Does the environment wait for something "
-                "that never comes? If a step may take that long, raise `worker_timeout`."
-            )
-        else:
-            how = _how_it_ended(process.exitcode)
+        fault = self._hung.get(index)
+        how = _how_it_ended(process.exitcode) if fault is None else f"was killed because it {fault}"
         death = WorkerDiedError(f"Worker {index} {how}")
         death.worker = index
         self._failures.append(death)

@@ -1,6 +1,7 @@
 """Assigns environments and seeds to workers, and makes the arguments that each is started with."""
 
 import dataclasses
+import math
 import multiprocessing
 import warnings
 from collections.abc import Sequence
@@ -61,6 +62,24 @@ class Assignment:
             for worker, indices in enumerate(self.env_indices)
         ]
 
+    def summary(self) -> str:
+        """What is about to start, in one line for the user."""
+        n_envs, hyperparams = self.env.num_envs, self.hyperparams
+        sizes = [len(indices) for indices in self.env_indices]
+        n_updates = sum(math.ceil(size / hyperparams.envs_per_update) for size in sizes)
+        updates = f"{1000 * n_updates / (hyperparams.n_steps * n_envs):.3g} updates per 1,000 timesteps"
+        if not self.shares:
+            return f"A3C trains in this process (n_workers=0), with {_counted(n_envs, 'environment')}: {updates}"
+        workers, cores = _counted(self.n_workers, "worker"), _counted(n_cores(), "core")
+        envs = (
+            f"{min(sizes)} or {max(sizes)} environments" if min(sizes) < max(sizes) else _counted(max(sizes), "environment")
+        )
+        each = " each" if self.n_workers > 1 else ""
+        text = f"A3C starts {workers} on {cores}, with {envs}{each}: {updates}"
+        if n_envs == 1:
+            text += ". One environment is not asynchronous: use A3C(…, n_workers=k), or make_vec_env(…, n_envs=k)"
+        return text
+
     def arguments(self, store: ParameterStore, worker: int) -> tuple[Any, ...]:
         """The arguments of ``run_worker`` after the channel."""
         return store, self.shares[worker], cloudpickle.dumps(self.configs[worker])
@@ -82,6 +101,10 @@ class Assignment:
         first_reset = dataclasses.replace(self.first_reset, seeds=tuple(seeds))
         (self.shares[worker],) = split_env(self.env, [self.env_indices[worker]], first_reset)
         self.configs[worker] = dataclasses.replace(self.configs[worker], seed=seed, hyperparams=hyperparams)
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _derived_seeds(seed: int | list[int], n: int) -> list[int]:

@@ -6,6 +6,7 @@ It runs the workers (processes under the supervisor, or one in this process), as
 """
 
 import math
+import os
 import sys
 import threading
 import time
@@ -103,6 +104,7 @@ class HogwildCollector:
         self._done: set[int] = set()  # workers that make no more rollouts
         self._wrapper_counts: dict[int, WrapperCounts] = {}  # of workers that have sent their final state
         self._max_restarts = max_restarts
+        self._pid = os.getpid()
         self.n_restarts = 0
         self._is_ending = False
         self._env_proxy: EnvProxy | None = None
@@ -164,8 +166,15 @@ class HogwildCollector:
             for worker in range(self._n_workers):
                 self._workers.send(worker, UpdateHyperparams(hyperparams, normalization))
 
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is the copy in a forked process, which must leave the workers and the environments alone."""
+        return os.getpid() != self._pid
+
     def drain(self) -> None:
         """Let the workers learn no more, and receive what they did last. Calls to the environments still reach them."""
+        if self.is_forked:
+            return
         self._is_ending = True
         self._workers.request_stop()
         self._receive_rest(lambda: self._all_done, threading.Event())
@@ -221,11 +230,14 @@ class HogwildCollector:
         base = self._env.unwrapped
         if not isinstance(base, SubprocVecEnv):
             return
-        died = [index for index, worker in self._assignment.worker_of.items() if worker not in self._wrapper_counts]
-        if isinstance(self._workers, InProcessWorker) and not base.waiting:  # else Ctrl-C has interrupted a step
-            died = []
-        if died:
-            take_back(base, died, HURRY_SECONDS if hurry.is_set() else math.inf)
+        if sys.exc_info()[0] is not None:  # a terminal's Ctrl-C ends their processes too, or has interrupted a step
+            to_check = list(self._assignment.worker_of)
+        elif isinstance(self._workers, InProcessWorker):
+            to_check = []
+        else:  # those of workers that died
+            to_check = [index for index, worker in self._assignment.worker_of.items() if worker not in self._wrapper_counts]
+        if to_check:
+            take_back(base, to_check, HURRY_SECONDS if hurry.is_set() else math.inf)
 
     @property
     def _all_done(self) -> bool:

@@ -3,6 +3,8 @@ While workers run, passes calls of the user's own ``VecEnv`` on to the workers' 
 ``get_attr`` and the like, also those that come through its wrappers.
 """
 
+import functools
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -33,10 +35,11 @@ class EnvProxy:
         self._env_indices = env_indices
         self._worker_of = {index: worker for worker, indices in enumerate(env_indices) for index in indices}
         self._ask = ask
+        self._thread = threading.get_ident()  # the one that learns
         self.methods: set[str] = set()  #: that `env_method` has called, which may have changed the workers' environments
         # on the instance, so that it is reached through whatever refers to it; its class keeps the user's methods
         for name in _PASSED_ON:
-            setattr(self._base, name, getattr(self, name))
+            setattr(self._base, name, self._in_its_thread(getattr(self, name)))
         for name in _FORBIDDEN:
             setattr(self._base, name, _refuse)
 
@@ -44,6 +47,20 @@ class EnvProxy:
         """Restore the environments' own methods."""
         for name in (*_PASSED_ON, *_FORBIDDEN):
             vars(self._base).pop(name, None)
+
+    def _in_its_thread(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Refuse calls from other threads: two that wait for the same workers would take each other's answers."""
+
+        @functools.wraps(method)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self._thread:
+                raise RuntimeError(
+                    f"While A3C learns, `{method.__name__}` reaches its workers' environments, and only from the thread "
+                    "that called `learn`. Call it in a callback, or after `learn`; or train with n_workers=0."
+                )
+            return method(*args, **kwargs)
+
+        return checked
 
     def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
         if method_name == "set_wrapper_attr" and isinstance(self._base, DummyVecEnv):

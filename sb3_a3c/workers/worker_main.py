@@ -6,6 +6,7 @@ sends what.
 import contextlib
 import ctypes
 import pickle
+import sys
 import time
 from collections import deque
 from typing import Any
@@ -38,6 +39,8 @@ def run_worker(channel: WorkerChannel, store: ParameterStore, share: EnvShare, c
     """Body of a worker process. ``config`` is a pickled :class:`WorkerConfig`."""
     th.set_num_threads(1)  # there are as many learners as cores: more threads would only compete
     keep_freed_memory()
+    if (ale_py := sys.modules.get("ale_py")) is not None:
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Warning)  # the main process has shown its banner
     env = share.open()
     try:
         record_deltas(env)
@@ -62,7 +65,7 @@ class _MainLoop:
             self.channel.send(RolloutFinished(report, pop_deltas(self.env)))
         self.channel.send(TrainingDone())
         while not self.shutdown:
-            self.channel.serve(self._handle, timeout=None)
+            self.channel.serve(self._handle, block=True)
         self.channel.send(FinalState(pop_deltas(self.env), wrapper_counts(self.env)))
 
     def _rollout(self) -> Report | None:
@@ -76,7 +79,7 @@ class _MainLoop:
         """Serve all that waits, until there is a ticket and it is this worker's turn. False once a stop is requested."""
         while not (self.channel.stopped() or self.shutdown):
             if not self.learning_rates:
-                self.channel.serve(self._handle, timeout=None)
+                self.channel.serve(self._handle, block=True)
             elif not self.channel.serve(self._handle):
                 if not self.learner.hyperparams.take_turns or self.learner.replica.is_my_turn():
                     return True

@@ -20,7 +20,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_a3c import A3C
+from sb3_a3c import A3C, __version__
 from tests.toy_envs import Images
 
 BOTH = pytest.mark.parametrize("n_workers", [0, 2])
@@ -275,6 +275,10 @@ def test_print_system_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     output = capsys.readouterr().out
     assert output.index("== CURRENT SYSTEM INFO ==") < output.index("== SAVED MODEL SYSTEM INFO ==")
     assert output.count(f"PyTorch: {th.__version__}") == 2
+    assert f"== sb3_a3c: {__version__}; the model was saved by {__version__} ==" in output
+    old = Path(__file__).parent.parent / "data" / "a3c_0_1_0_mlp_lstm.zip"
+    A3C.load(old, print_system_info=True)
+    assert f"== sb3_a3c: {__version__}; the model was saved by 0.1.0 or before ==" in capsys.readouterr().out
 
 
 # --- continuing -------------------------------------------------------------------------------------------------------

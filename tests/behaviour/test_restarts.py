@@ -1,16 +1,21 @@
 """Workers that die or hang are replaced, and training continues; these tests kill real processes."""
 
 import contextlib
+import ctypes
+import gc
 import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
@@ -73,7 +78,7 @@ class Seen(BaseCallback):
 
 @pytest.fixture(autouse=True)
 def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_a3c.processes.supervisor.LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("sb3_a3c.processes.heartbeats.LOOK_SECONDS", 0.05)
 
 
 def countdowns(n_envs: int = 4) -> VecEnv:
@@ -173,6 +178,24 @@ def test_max_worker_restarts(max_worker_restarts: int) -> None:
     assert not workers()
 
 
+def test_no_shared_memory_stays_after_a_death() -> None:
+    """Although the exception's traceback still refers to what `learn` has used, and nothing is collected as garbage."""
+
+    def mapped() -> list[str]:
+        return [line for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/torch_" in line]
+
+    gc.collect()
+    before = mapped()
+    gc.disable()
+    try:
+        with pytest.raises(WorkerDiedError) as raised:
+            A3C("MlpPolicy", countdowns(), n_workers=2, max_worker_restarts=0).learn(10_000, callback=Seen(kill_at={5}))
+        assert set(mapped()) <= set(before)
+        del raised
+    finally:
+        gc.enable()
+
+
 @REPLACED
 def test_a_replacement_answers_the_call_during_which_its_predecessor_died() -> None:
     """The other workers are called once."""
@@ -265,6 +288,51 @@ def test_a_slow_reset_is_no_hang() -> None:
 
     model = A3C("MlpPolicy", DummyVecEnv([SlowStart]), n_steps=N_STEPS, n_workers=1, worker_timeout=0.5)
     model.learn(20)
+
+
+class StuckInC(Countdown):
+    """Observes 20,000 numbers; at its 30th step it calls C code that keeps Python's lock."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (20_000,), np.float32)
+
+    def __init__(self, gets_stuck: bool) -> None:
+        super().__init__()
+        self.gets_stuck = gets_stuck
+
+    def observation(self) -> Any:
+        return np.full(20_000, self.t, dtype=np.float32)
+
+    def step(self, action: Any) -> Any:
+        if self.gets_stuck and self.n_steps == 30:
+            ctypes.PyDLL(None).sleep(60)
+        return super().step(action)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("ended_by", ["worker_timeout", "Ctrl-C"])
+def test_a_worker_that_reads_nothing_ends(ended_by: str) -> None:
+    """The statistics of VecNormalize, of which each worker is sent the others', soon fill its pipe."""
+    env = VecNormalize(DummyVecEnv([lambda: StuckInC(True), lambda: StuckInC(False)]))
+    timeout, error = (1.0, WorkerDiedError) if ended_by == "worker_timeout" else (None, KeyboardInterrupt)
+    model = A3C(
+        "MlpPolicy",
+        env,
+        n_steps=N_STEPS,
+        n_workers=2,
+        worker_timeout=timeout,
+        max_worker_restarts=0,
+        policy_kwargs=dict(net_arch=[4]),
+    )
+
+    def interrupt(local: dict[str, Any], _: dict[str, Any]) -> bool:
+        if ended_by == "Ctrl-C" and local["self"].num_timesteps == 200:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return True
+
+    with pytest.raises(error):
+        model.learn(10**9, callback=interrupt)
+    assert model.num_timesteps >= 200
+    assert not workers()
 
 
 class DeadlyOptimizer(th.optim.SGD):

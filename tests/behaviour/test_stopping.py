@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing.util
 import os
 import random
 import re
@@ -14,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+
+from sb3_a3c import A3C
 
 #: A program that trains for a number of rounds, each of which something ends. It prints "ready" once the workers run, and
 #: its state as JSON once they have ended. Arguments: the kind of environments, the case, and the number of rounds.
 PROGRAM = """
-import contextlib, copy, gc, json, multiprocessing, os, signal, sys, threading, time
+import contextlib, copy, ctypes, gc, json, multiprocessing, os, signal, sys, threading, time
 import gymnasium as gym
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
@@ -35,6 +40,9 @@ class Env(gym.Wrapper):
         if case == "stuck" and self.n == 200:
             os.write(1, b"ready\\n")  # unbuffered, as other processes write too
             time.sleep(60)
+        if case == "stuck in C" and self.n == 200:
+            os.write(1, b"ready\\n")
+            ctypes.PyDLL(None).sleep(60)  # keeps Python's lock
         return super().step(action)
 
 def state(env):
@@ -74,7 +82,7 @@ def train(model):
         calls.append(0)
         stores[:] = [model._collector.store]
         stores[0].close = lambda: None  # it is read below
-        if len(calls) == 3 and case not in ("start", "stuck"):
+        if len(calls) == 3 and case not in ("start", "stuck", "stuck in C"):
             print("ready", flush=True)
         if len(calls) == 50 and case == "raise":
             raise NotADirectoryError
@@ -176,12 +184,15 @@ class Program:
         return found
 
     def processes(self) -> dict[int, int]:
-        """All of the session, with their parents; zombies too, except orphans, which init reaps."""
+        """
+        All of the session, with their parents; zombies too, except orphans, which init reaps, and children of a fork server,
+        which waits for none once the main process is gone, and takes seconds to end.
+        """
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 state, parent, _, session = (path / "stat").read_text().rsplit(")", 1)[1].split()[:4]
-                if int(session) == self.process.pid and (state, parent) != ("Z", "1"):
+                if int(session) == self.process.pid and not (state == "Z" and int(parent) in {1, *self._servers}):
                     found[int(path.name)] = int(parent)
         return found
 
@@ -242,10 +253,11 @@ def test_ctrl_c(kind: str, times: int, rounds: int, tmp_path: Path) -> None:
     assert running.tracebacks == 0, running.stderr
 
 
-@every_kind
+@slow
+@pytest.mark.parametrize(("kind", "case"), [("dummy", "stuck"), ("subproc", "stuck"), ("dummy", "stuck in C")])
 @pytest.mark.parametrize(("times", "seconds"), [(1, 6), (2, 2)])
-def test_ctrl_c_while_an_environment_is_stuck(times: int, seconds: float, kind: str, tmp_path: Path) -> None:
-    with program(tmp_path, kind, "stuck") as running:
+def test_ctrl_c_while_an_environment_is_stuck(times: int, seconds: float, kind: str, case: str, tmp_path: Path) -> None:
+    with program(tmp_path, kind, case) as running:
         running.wait_until_ready()
         time.sleep(0.5)  # the others learn all they can
         for _ in range(times):
@@ -273,6 +285,8 @@ def test_ctrl_c_while_the_first_workers_start(kind: str, earliest: float, tmp_pa
     ("number", "kind", "case"),
     [
         (signal.SIGKILL, "subproc", "killed"),
+        (signal.SIGTERM, "dummy", "stuck in C"),
+        pytest.param(signal.SIGKILL, "dummy", "stuck in C", marks=slow),
         pytest.param(signal.SIGTERM, "subproc", "killed", marks=slow),
         pytest.param(signal.SIGTERM, "dummy", "killed", marks=slow),
         # a process of SubprocVecEnv that is stuck ends when its step does, as always
@@ -327,3 +341,50 @@ def test_ctrl_c_while_a_thread_trains(case: str, kind: str, tmp_path: Path) -> N
         assert (running.process.returncode, running.stderr) == (0, "")
     else:  # Python before 3.14 aborts a program that ends while such a thread is in torch, with A2C too
         assert running.process.returncode in (0, -signal.SIGABRT)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        (DummyVecEnv, "exits"),
+        (DummyVecEnv, "returns False"),
+        (DummyVecEnv, "continues"),
+        (SubprocVecEnv, "exits"),
+        pytest.param(SubprocVecEnv, "returns False", marks=slow),
+        pytest.param(SubprocVecEnv, "continues", marks=slow),
+    ],
+)
+def test_a_process_forked_in_a_callback_leaves_the_training_alone(kind: Any, how: str) -> None:
+    """However it leaves the callback. This is not for use: a child is to end by ``os._exit``."""
+    children: list[int] = []
+    main_process = os.getpid()
+
+    def fork(local: dict[str, Any], _: dict[str, Any]) -> bool:
+        if local["self"].num_timesteps != 40 or children:
+            return True
+        child = os.fork()
+        if child > 0:
+            children.append(child)
+        elif how == "exits":
+            sys.exit(0)
+        return child > 0 or how != "returns False"
+
+    env = make_vec_env("CartPole-v1", 4, vec_env_cls=kind)
+    model, code = A3C("MlpPolicy", env, n_workers=2, n_steps=5), 1
+    try:
+        model.learn(800, callback=fork)
+        code = 0
+    except SystemExit:
+        code = 2
+    except RuntimeError as error:
+        code = 3 if "forked from the one in which A3C learns" in str(error) else 1
+    finally:
+        if os.getpid() != main_process:
+            multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # as at the end of a program
+            os._exit(code)
+    assert (code, model.num_timesteps, len(children)) == (0, 800, 1)
+    _, status = os.waitpid(children[0], 0)
+    assert os.waitstatus_to_exitcode(status) == {"exits": 2, "returns False": 0, "continues": 3}[how]
+    model.learn(40)  # the environments' processes are as they were
+    env.close()

@@ -104,6 +104,26 @@ def test_ctrl_c_interrupts_the_first_reset_in_the_main_process() -> None:
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_a_warning_if_ctrl_c_has_ended_the_processes_while_the_workers_are_idle(n_workers: int) -> None:
+    env = SubprocVecEnv([lambda: Slow(0.0)] * 2)
+
+    def wait_for_ctrl_c(local: dict[str, Any], _: dict[str, Any]) -> bool:
+        time.sleep(0.5)  # the workers have no tickets any more
+        for process in env.processes:  # a terminal sends it to all processes
+            os.kill(process.pid, signal.SIGINT)
+        raise KeyboardInterrupt
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        pytest.warns(UserWarning, match=r"environments \[0, 1\] do not answer any more.*Ctrl-C.*make a new one"),
+    ):
+        A3C("MlpPolicy", env, n_workers=n_workers, n_steps=2).learn(1000, callback=wait_for_ctrl_c)
+    for process in env.processes:
+        process.join(10)
+        assert process.exitcode == 0  # SB3's processes end by themselves
+
+
 def test_closing_a_lent_env_leaves_the_processes_running(env: SubprocVecEnv) -> None:
     share = subproc.lend(env, [1, 2])
     assert share.num_envs == 2

@@ -25,20 +25,18 @@ MEGABYTES = 5_000_000  # a pipe holds 64 KiB
 
 def run_messages(channel: WorkerChannel) -> None:
     while not channel.stopped():
-        channel.serve(lambda message: message(channel), timeout=None)
+        channel.serve(lambda message: message(channel), block=True)
 
 
 def run_one_message(channel: WorkerChannel) -> None:
-    channel.serve(lambda message: message(channel), timeout=None)
+    channel.serve(lambda message: message(channel), block=True)
 
 
-def time_serve(channel: WorkerChannel) -> None:
-    """Send what ``serve`` returned, and after how many seconds: for an empty inbox, when woken, and for a message."""
+def serve_thrice(channel: WorkerChannel) -> None:
+    """Send what ``serve`` returned: for an empty inbox, when woken, and for a message."""
     handled: list[Any] = []
-    for timeout in (0.0, 0.3, None, None):
-        began = time.monotonic()
-        result = channel.serve(handled.append, timeout=timeout)
-        channel.send((result, time.monotonic() - began, list(handled)))
+    for block in (False, True, True):
+        channel.send((channel.serve(handled.append, block), list(handled)))
 
 
 # --- messages -------------------------------------------------------------------------------------------------------
@@ -117,15 +115,14 @@ def test_messages_arrive_in_order_and_are_kept_during_requests(start: Start) -> 
     assert supervisor.receive(timeout=0) == []
 
 
-def test_serve_respects_its_timeout(start: Start) -> None:
-    supervisor = start(time_serve)
-    (_, (result, seconds, _)), (_, (result_later, seconds_later, handled)) = receive(supervisor, 2)
-    assert (result, result_later, handled) == (False, False, [])
-    assert seconds < 0.2 < 0.3 <= seconds_later < 5
+def test_serve_waits_only_if_it_is_to_block(start: Start) -> None:
+    supervisor = start(serve_thrice)
+    assert receive(supervisor, 1) == [(0, (False, []))]
+    assert supervisor.receive(timeout=0.2) == []
     supervisor.send(0, None)  # wakes the worker, and is not handled
-    assert receive(supervisor, 1)[0][1][::2] == (True, [])
+    assert receive(supervisor, 1) == [(0, (True, []))]
     supervisor.send(0, "message")
-    assert receive(supervisor, 1)[0][1][::2] == (True, ["message"])
+    assert receive(supervisor, 1) == [(0, (True, ["message"]))]
 
 
 def test_request_stop_wakes_waiting_workers(start: Start) -> None:

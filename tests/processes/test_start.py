@@ -1,9 +1,12 @@
 """Workers start from a fork server of our own, and a start changes nothing for other users of multiprocessing."""
 
+import importlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +16,7 @@ from typing import Any
 import pytest
 
 from sb3_a3c.processes.channel import WorkerChannel
-from sb3_a3c.processes.start import prepared_start, process_context
+from sb3_a3c.processes.start import process_context
 from sb3_a3c.processes.supervisor import Supervisor
 from sb3_a3c.workers.collector import PRELOAD
 
@@ -40,7 +43,7 @@ def start_workers(n: int = 2, **kwargs: Any) -> list[tuple[int, int]]:
 
 def shared_state() -> dict[str, Any]:
     """What all users of multiprocessing share."""
-    from multiprocessing import forkserver, resource_tracker
+    from multiprocessing import forkserver, resource_tracker, spawn
 
     assert forkserver.connect_to_new_process == forkserver._forkserver.connect_to_new_process
     return {
@@ -48,6 +51,7 @@ def shared_state() -> dict[str, Any]:
         "preload": list(forkserver._forkserver._preload_modules),  # type: ignore[attr-defined]
         "server": forkserver._forkserver._forkserver_pid,  # type: ignore[attr-defined]
         "connect": forkserver.connect_to_new_process,
+        "prepare": spawn.get_preparation_data,
         "ensure": forkserver.ensure_running,
         "tracker": resource_tracker._resource_tracker._pid,  # type: ignore[attr-defined]
         "start method": multiprocessing.get_start_method(allow_none=True),
@@ -104,20 +108,6 @@ def test_a_failed_start_changes_nothing_for_others(my_preload: list[str]) -> Non
     assert len(start_workers()) == 2
 
 
-def test_the_main_module_is_hidden_only_during_a_start() -> None:
-    main = sys.modules["__main__"]
-    assert hasattr(main, "__file__")
-    with prepared_start(process_context("spawn"), ()):
-        stand_in = sys.modules["__main__"]
-    assert sys.modules["__main__"] is main
-    assert stand_in is not main
-    assert stand_in.__name__ == "__main__"
-    assert (getattr(stand_in, "__file__", None), stand_in.__spec__) == (None, None)
-    with pytest.raises(KeyError), prepared_start(process_context("spawn"), ()):
-        raise KeyError
-    assert sys.modules["__main__"] is main
-
-
 def test_several_threads_may_start_workers_at_once() -> None:
     start_workers()
     before, results = shared_state(), []
@@ -152,6 +142,130 @@ def test_a_forked_process_has_a_fork_server_of_its_own() -> None:
     os.waitpid(child, 0)
     assert first == second != server
     assert start_workers()[0][1] == server
+
+
+@pytest.mark.parametrize("n_workers", [2, None])
+def test_a_module_that_trains_when_it_is_imported_starts_no_processes_in_the_workers(
+    n_workers: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers import it, because its environments are defined there."""
+    name = f"trains_when_imported_{n_workers}"
+    (tmp_path / f"{name}.py").write_text(f"""
+from stable_baselines3.common.vec_env import DummyVecEnv
+from sb3_a3c import A3C
+from tests.toy_envs import Countdown
+
+class E(Countdown):
+    pass
+
+A3C("MlpPolicy", DummyVecEnv([E] * 4), n_workers={n_workers}).learn(400)
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match=r"An attempt .* has finished its bootstrapping phase") as raised:
+        importlib.import_module(name)
+    assert "if __name__ == '__main__':" in str(raised.value)
+    assert not [child for child in multiprocessing.active_children() if child.name.startswith("a3c-worker")]
+
+
+OTHERS = """
+import multiprocessing, pickle, sys, threading
+
+class Mine:
+    pass
+
+def target():
+    sys.exit(5)
+
+errors, counts, is_over = [], [0, 0], threading.Event()
+
+def use_main():
+    try:
+        while not is_over.wait(0.001):
+            assert type(pickle.loads(pickle.dumps(Mine()))) is Mine
+            assert sys.modules["__main__"].Mine is Mine
+            counts[0] += 1
+    except BaseException as error:
+        errors.append(error)
+
+def start_processes():
+    try:
+        while counts[1] < 2 or not is_over.wait(0.2):
+            method = ("forkserver", "spawn")[counts[1] % 2]
+            process = multiprocessing.get_context(method).Process(target=target)
+            process.start()
+            process.join()
+            assert process.exitcode == 5, (method, process.exitcode)
+            counts[1] += 1
+    except BaseException as error:
+        errors.append(error)
+
+if __name__ == "__main__":
+    from stable_baselines3.common.env_util import make_vec_env
+    from sb3_a3c import A3C
+
+    threads = [threading.Thread(target=use_main), threading.Thread(target=start_processes)]
+    model = A3C("MlpPolicy", make_vec_env("CartPole-v1", n_envs=2), n_workers=2, n_steps=5)
+    for thread in threads:
+        thread.start()
+    model.learn(100)
+    is_over.set()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+    assert min(counts) > 0, counts
+"""
+
+
+@needs_fork
+def test_other_threads_use_the_main_module_and_start_processes_meanwhile(tmp_path: Path) -> None:
+    """In a fresh interpreter, where the start of the fork server takes seconds."""
+    (tmp_path / "script.py").write_text(OTHERS)
+    command = [sys.executable, "script.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+class OfTheScript:
+    """By pickle's rules it is to be imported from ``__main__``."""
+
+    answer = 42
+
+
+def test_arguments_may_be_of_classes_of_the_main_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OfTheScript, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "OfTheScript", OfTheScript, raising=False)
+    supervisor = Supervisor(lambda channel, given: channel.send(given.answer), [(OfTheScript(),)], preload=PRELOAD)
+    supervisor.start()
+    try:
+        assert supervisor.receive(timeout=30) == [(0, 42)]
+    finally:
+        supervisor.stop()
+
+
+@needs_fork
+def test_a_path_too_long_for_the_fork_servers_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setattr("sb3_a3c.processes.start._server", None)
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(folder))  # type: ignore[attr-defined]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = shared_state()
+    with pytest.raises(OSError, match=rf'its path in {tmp_path} would be too long.*TMPDIR.*start_method="spawn"'):
+        start_workers(1)
+    assert shared_state() == before
+    assert len(start_workers(1, start_method="spawn")) == 1
+
+
+def test_sigchld_ignored() -> None:
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with pytest.raises(RuntimeError, match=r"while SIGCHLD is ignored.*signal\.SIGCHLD, signal\.SIG_DFL"):
+            start_workers(1, start_method="spawn")
+        if "forkserver" in START_METHODS:
+            assert len(start_workers(1, start_method="forkserver")) == 1
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+    assert not [child for child in multiprocessing.active_children() if child.name.startswith("a3c-worker")]
 
 
 FORK = """

@@ -51,6 +51,15 @@ def raise_unpicklable(channel: WorkerChannel) -> None:
     raise UnpicklableError("what happened")
 
 
+class UnprintableError(Exception):
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
+def raise_unprintable(channel: WorkerChannel) -> None:
+    raise UnprintableError
+
+
 def raise_broken_pipe(channel: WorkerChannel) -> None:
     raise BrokenPipeError("the game server hung up")
 
@@ -86,7 +95,9 @@ def call(channel: WorkerChannel, target: Callable[..., None], *arguments: Any) -
     target(channel, *arguments)
 
 
-def work(channel: WorkerChannel, seconds: float, how: str) -> None:
+def work(channel: WorkerChannel, seconds: float, how: str, says_when: bool = False) -> None:
+    if says_when:
+        channel.send("ready")
     channel.works()
     for _ in range(10):
         time.sleep(seconds / 10)
@@ -137,6 +148,9 @@ def test_tensors_in_shared_memory_stay_shared(start: Start) -> None:
     supervisor = start(add_ones, [(shared, 0), (shared, 1)])
     assert receive_all(supervisor) == []
     assert shared.tolist() == [[1, 1, 1], [1, 1, 1]]
+    for process in supervisor._processes.values():
+        process.join(30)
+        assert process.exitcode == 0
     assert supervisor.receive() == []  # at the end: nothing, at once
 
 
@@ -161,6 +175,7 @@ def test_receive_returns_after_its_timeout(start: Start) -> None:
     [
         (raise_key_error, KeyError, "the seventh key"),
         (raise_unpicklable, RuntimeError, "UnpicklableError: what happened"),
+        (raise_unprintable, RuntimeError, "UnprintableError: its __str__ raised ZeroDivisionError"),
         (raise_broken_pipe, BrokenPipeError, "the game server hung up"),  # not taken for the worker's own pipe
         (exit_program, RuntimeError, "SystemExit: 3"),  # must not end the user's program
     ],
@@ -278,7 +293,7 @@ def test_50_starts_leave_no_files_and_processes() -> None:
 
 @pytest.fixture
 def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_a3c.processes.supervisor.LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("sb3_a3c.processes.heartbeats.LOOK_SECONDS", 0.05)
 
 
 @pytest.mark.usefixtures("look_often")
@@ -303,10 +318,14 @@ def test_without_a_timeout_no_worker_is_killed(start: Start) -> None:
     assert receive_all(start(work, [(0.5, "hangs")])) == [(0, "done")]
 
 
+@pytest.mark.usefixtures("look_often")
 def test_workers_stopped_with_the_main_process_are_not_killed(start: Start) -> None:
     """As by Ctrl-Z: afterwards the heartbeats are old, but the workers had no time for new ones."""
-    supervisor = start(work, [(1.5, "beats")], timeout=0.75)
-    supervisor._heartbeats[0] = 1
-    supervisor._next_look -= 1000.0
-    assert supervisor.receive(timeout=0.0) == []
-    assert receive_all(supervisor) == [(0, "done")]
+    supervisor, n_ready = start(work, [(1.5, "beats", True), (1.5, "rests", True)], timeout=0.75), 0
+    while n_ready < 2:
+        n_ready += len(supervisor.receive(timeout=30))
+    for number, seconds in ((signal.SIGSTOP, 2.0), (signal.SIGCONT, 0.0)):
+        for pid in supervisor.pids:
+            os.kill(pid, number)
+        time.sleep(seconds)  # this process does not look
+    assert sorted(receive_all(supervisor)) == [(0, "done"), (1, "done")]

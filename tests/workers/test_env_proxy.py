@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import re
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -259,6 +261,45 @@ def test_a_death_after_a_callback_has_ended_the_training_is_a_warning() -> None:
 
     with pytest.warns(UserWarning, match="At the end of training a worker failed: WorkerDiedError: Worker 0 was killed"):
         A3C("MlpPolicy", ladders(DummyVecEnv), n_workers=2, n_steps=5).learn(2000, callback=end)
+
+
+def test_calls_from_another_thread_are_refused() -> None:
+    env = ladders(DummyVecEnv)
+    calls: list[Callable[[], Any]] = [
+        lambda: env.get_attr("level"),
+        lambda: env.set_attr("level", 9),
+        lambda: env.env_method("greet", "Hello"),
+        lambda: env.has_attr("level"),
+        lambda: env.get_images(),
+    ]
+    errors: list[Exception] = []
+    is_over = threading.Event()
+
+    def disturb() -> None:
+        while not is_over.wait(0.01):
+            for call in calls:
+                try:
+                    call()
+                except RuntimeError as error:
+                    errors.append(error)
+
+    thread = threading.Thread(target=disturb)
+
+    def ask(local: dict[str, Any], _: dict[str, Any]) -> bool:
+        if local["self"].num_timesteps == 4:
+            thread.start()
+        if local["self"].num_timesteps == 400:
+            is_over.set()
+            thread.join()
+        return bool(local["env"].get_attr("level") == [2] * 4)
+
+    assert A3C("MlpPolicy", env, n_workers=2, n_steps=5).learn(400, callback=ask).num_timesteps == 400
+    assert len(errors) >= 5
+    names = {
+        re.search(r"`(\w+)` reaches its workers' environments, and only from the thread", str(error)) for error in errors
+    }
+    assert {match and match[1] for match in names} == {"get_attr", "set_attr", "env_method", "has_attr", "get_images"}
+    assert env.get_attr("level") == [2] * 4
 
 
 def test_learn_and_set_env_raise_while_workers_run() -> None:
