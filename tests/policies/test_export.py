@@ -18,7 +18,7 @@ from sb3_a3c.policies.sampling import to_env_actions
 from tests.policies.test_lstm_policies import KINDS, VECTOR, make, sample_obs
 from tests.toy_envs import Countdown
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:`torch.jit.trace(_method)?` is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 #: The LSTM policies of KINDS, and what else their step depends on.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
