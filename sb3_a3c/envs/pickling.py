@@ -4,7 +4,6 @@ import contextlib
 import inspect
 import io
 import pickle
-import warnings
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -15,6 +14,7 @@ from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 from sb3_a3c.envs.pygame_objects import reduce_pygame
+from sb3_a3c.errors import warn
 
 
 def dump_env(env: Any) -> tuple[bytes, tuple["Connection[Any, Any]", ...]]:
@@ -38,7 +38,7 @@ def dump_env(env: Any) -> tuple[bytes, tuple["Connection[Any, Any]", ...]]:
             "SubprocVecEnv, whose environments need not be pickled, or n_workers=0 to train in this process."
         ) from error
     for warning in dict.fromkeys(pickler.warnings):
-        warnings.warn(warning, stacklevel=2)
+        warn(warning)
     return buffer.getvalue(), tuple(pickler.references)
 
 
