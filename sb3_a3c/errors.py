@@ -39,10 +39,14 @@ class DivergenceError(A3CError, ValueError):
     """
 
 
+#: Modules and packages whose lines tell a user nothing; decorators of the last two call ours.
+_NOT_THE_USERS = ("sb3_a3c", "stable_baselines3", "torch", "contextlib")
+
+
 def warn(message: str) -> None:
-    """Warn of the user's own line, which is the innermost outside this package and Stable-Baselines3."""
+    """Warn of the user's own line, which is the innermost outside this package, Stable-Baselines3 and what they call."""
     stacklevel, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and _package(frame) in ("sb3_a3c", "stable_baselines3"):
+    while frame.f_back is not None and _package(frame) in _NOT_THE_USERS:
         stacklevel, frame = stacklevel + 1, frame.f_back
     warnings.warn(message, stacklevel=stacklevel)
 

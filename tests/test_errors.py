@@ -55,7 +55,7 @@ def test_warnings_point_at_the_users_line(act: Callable[[], Any], message: str) 
 def test_the_users_line_is_the_innermost() -> None:
     """Also that of a callback, which SB3 calls."""
     modules: list[dict[str, Any]] = [
-        {"__name__": name} for name in ("user", "stable_baselines3.common.base", "user", "sb3_a3c.a3c", "sb3_a3c")
+        {"__name__": name} for name in ("user", "stable_baselines3.common.base", "user", "sb3_a3c.a3c", "contextlib")
     ]
     call: Callable[[], None] = functools.partial(warn, "something")
     for number, names in enumerate(reversed(modules)):
