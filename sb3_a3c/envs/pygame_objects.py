@@ -24,11 +24,11 @@ def reduce_pygame(obj: Any) -> tuple[Any, ...] | None:
 
 
 def _pygame() -> Any:
-    """The module, as environments initialize it before they render, without its greeting: the main process printed it."""
+    """The module, without the greeting that the main process has printed, and without sound."""
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "hide")
     import pygame
 
-    pygame.init()
+    pygame.font.init()  # environments that have a surface or a window take the rest for initialized
     return pygame
 
 
@@ -37,7 +37,9 @@ def _clock() -> Any:
 
 
 def _window(size: tuple[int, int]) -> Any:
-    return _pygame().display.set_mode(size)
+    pygame = _pygame()
+    pygame.display.init()
+    return pygame.display.set_mode(size)
 
 
 def _part_of_surface(surface: Any, area: Any) -> Any:
