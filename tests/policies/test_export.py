@@ -125,7 +125,13 @@ def test_onnx(kind: str, n_envs: int, tmp_path: Path) -> None:
     obs_shapes = {key: {0: n} for key in example[0]} if isinstance(example[0], dict) else {0: n}
     shapes = None if n_envs == 1 else (obs_shapes, {1: n}, {1: n}, {0: n})
     th.onnx.export(
-        one_step(policy), example, tmp_path / "model.onnx", input_names=names, dynamic_shapes=shapes, verbose=False
+        one_step(policy),
+        example,
+        tmp_path / "model.onnx",
+        input_names=names,
+        dynamic_shapes=shapes,
+        dynamo=True,
+        verbose=False,
     )
     session = runtime.InferenceSession(tmp_path / "model.onnx")
 
