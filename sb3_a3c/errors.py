@@ -1,4 +1,8 @@
-"""A3C's exceptions. Bad arguments raise ``ValueError``, as in Stable-Baselines3."""
+"""A3C's exceptions and warnings. Bad arguments raise ``ValueError``, as in Stable-Baselines3."""
+
+import sys
+import warnings
+from types import FrameType
 
 
 class A3CError(Exception):
@@ -33,3 +37,19 @@ class DivergenceError(A3CError, ValueError):
     Observations, rewards, the loss or its gradient were NaN or infinite too many times in a row. No such update was applied,
     so the parameters are finite. (A ``ValueError``, so that RL Zoo's hyper-parameter search prunes the trial.)
     """
+
+
+#: Modules and packages whose lines tell a user nothing; decorators of the last two call ours.
+_NOT_THE_USERS = ("sb3_a3c", "stable_baselines3", "torch", "contextlib")
+
+
+def warn(message: str) -> None:
+    """Warn of the user's own line, which is the innermost outside this package, Stable-Baselines3 and what they call."""
+    stacklevel, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _package(frame) in _NOT_THE_USERS:
+        stacklevel, frame = stacklevel + 1, frame.f_back
+    warnings.warn(message, stacklevel=stacklevel)
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]

@@ -1,10 +1,19 @@
-"""A3C's exceptions: base classes, and pickling."""
+"""A3C's exceptions: base classes, and pickling. Its warnings: the line that they point at."""
 
+import functools
+import linecache
 import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch as th
 
-from sb3_a3c.errors import A3CError, DivergenceError, RemoteTraceback, WorkerDiedError
+from sb3_a3c import A3C
+from sb3_a3c.errors import A3CError, DivergenceError, RemoteTraceback, WorkerDiedError, warn
+from tests.envs.test_pickling import Simulator
+from tests.toy_envs import Countdown
 
 
 @pytest.mark.parametrize("kind", [WorkerDiedError, RemoteTraceback, DivergenceError])
@@ -18,3 +27,41 @@ def test_all_are_a3c_errors_and_can_be_pickled(kind: type[A3CError]) -> None:
 def test_builtin_base_classes() -> None:
     assert issubclass(DivergenceError, ValueError)  # RL Zoo prunes a trial on these
     assert issubclass(WorkerDiedError, RuntimeError)
+
+
+def clone_what_can_not_be_copied() -> None:
+    env = Simulator()
+    vars(env)["body"] = threading.Lock()
+    A3C("MlpPolicy", env, n_workers=2)  # the user's line
+
+
+def learn_with_a_compiled_policy() -> None:
+    model = A3C("MlpPolicy", Countdown(), n_workers=0)
+    model.policy.mlp_extractor = th.compile(model.policy.mlp_extractor, backend="eager")  # type: ignore[assignment]
+    model.learn(5)  # the user's line
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [(clone_what_can_not_be_copied, "each Simulator anew"), (learn_with_a_compiled_policy, "is compiled")],
+)
+def test_warnings_point_at_the_users_line(act: Callable[[], Any], message: str) -> None:
+    with pytest.warns(UserWarning, match=message) as caught:
+        act()
+    (warning,) = caught
+    assert linecache.getline(warning.filename, warning.lineno).endswith("# the user's line\n")
+
+
+def test_the_users_line_is_the_innermost() -> None:
+    """Also that of a callback, which SB3 calls."""
+    modules: list[dict[str, Any]] = [
+        {"__name__": name} for name in ("user", "stable_baselines3.common.base", "user", "sb3_a3c.a3c", "contextlib")
+    ]
+    call: Callable[[], None] = functools.partial(warn, "something")
+    for number, names in enumerate(reversed(modules)):
+        names["call"] = call
+        exec(compile("def f():\n    call()\n", f"file {number}", "exec"), names)
+        call = names["f"]
+    with pytest.warns(UserWarning, match="something") as caught:
+        call()
+    assert caught[0].filename == "file 2"

@@ -4,7 +4,6 @@ import contextlib
 import inspect
 import io
 import pickle
-import warnings
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -13,6 +12,9 @@ import cloudpickle
 from gymnasium.utils import EzPickle
 from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+
+from sb3_a3c.envs.pygame_objects import reduce_pygame
+from sb3_a3c.errors import warn
 
 
 def dump_env(env: Any) -> tuple[bytes, tuple["Connection[Any, Any]", ...]]:
@@ -32,10 +34,11 @@ def dump_env(env: Any) -> tuple[bytes, tuple["Connection[Any, Any]", ...]]:
     except Exception as error:
         raise ValueError(
             f"The environments can't be sent to worker processes: pickling them raised {type(error).__name__}: {error}. "
-            "Use a SubprocVecEnv, whose environments need not be pickled, or n_workers=0 to train in this process."
+            "If rendering or playing made that, take new environments: `model.set_env(make_vec_env(…))`. Otherwise use a "
+            "SubprocVecEnv, whose environments need not be pickled, or n_workers=0 to train in this process."
         ) from error
     for warning in dict.fromkeys(pickler.warnings):
-        warnings.warn(warning, stacklevel=2)
+        warn(warning)
     return buffer.getvalue(), tuple(pickler.references)
 
 
@@ -73,6 +76,8 @@ class _EnvPickler(cloudpickle.Pickler):  # type: ignore[misc]
         if isinstance(obj, EzPickle) and not _pickles_itself(type(obj)):
             arguments = EzPickle.__getstate__(obj)
             return _rebuild_ez_pickle, (type(obj), arguments), self._set_attributes(obj, arguments), None, None, _update
+        if (reduced := reduce_pygame(obj)) is not None:
+            return reduced
         return super().reducer_override(obj)
 
     def _set_attributes(self, obj: EzPickle, arguments: dict[str, Any]) -> dict[str, Any]:

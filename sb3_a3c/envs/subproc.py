@@ -8,11 +8,12 @@ import copy
 import math
 import secrets
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from stable_baselines3.common.vec_env import SubprocVecEnv
+
+from sb3_a3c.errors import warn
 
 #: Seconds that the environments of a dead worker have to finish the step they are in.
 TAKE_BACK_SECONDS = 5.0
@@ -39,10 +40,9 @@ def take_back(env: SubprocVecEnv, indices: Iterable[int], patience: float = math
     deadline = time.monotonic() + min(patience, TAKE_BACK_SECONDS)
     lost = [index for index in indices if not _answers(env.remotes[index], mark, deadline)]
     if lost:
-        warnings.warn(
+        warn(
             f"The processes of the environments {lost} do not answer any more: a terminal's Ctrl-C has ended them too, or "
-            "the worker that drove them died. Close this SubprocVecEnv and make a new one.",
-            stacklevel=2,
+            "the worker that drove them died. Close this SubprocVecEnv and make a new one."
         )
 
 

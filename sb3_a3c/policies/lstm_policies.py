@@ -21,7 +21,7 @@ from torch import nn
 
 from sb3_a3c.policies.activation_cache.cache import ActivationCache, ChunkCache, new_activation_cache
 from sb3_a3c.policies.overrides import is_overridden
-from sb3_a3c.policies.sampling import sample_actions, to_env_actions
+from sb3_a3c.policies.sampling import sample_actions, to_env_actions, unvalidated_if_traced
 from sb3_a3c.policies.torch_layers import BabyCNN, LstmState, run_lstm
 from sb3_a3c.policies.value_normalizer import ValueNormalizer
 
@@ -193,10 +193,11 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         :return: actions (n_envs, …), values (n_envs, 1), log-probabilities (n_envs,), and the state after the step
         """
         features = self.extract_features(obs)
-        latent, state = run_lstm(self.lstm, features, state, episode_starts[None])
-        distribution, values = self._heads(latent, features)
-        actions = distribution.get_actions(deterministic=deterministic)
-        log_prob = distribution.log_prob(actions)
+        latent, state = run_lstm(self.lstm, features, state, episode_starts)
+        with unvalidated_if_traced():
+            distribution, values = self._heads(latent, features)
+            actions = distribution.get_actions(deterministic=deterministic)
+            log_prob = distribution.log_prob(actions)
         assert self.action_space.shape is not None
         return actions.reshape((-1, *self.action_space.shape)), values, log_prob, state
 
@@ -214,7 +215,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
             return actions, values, state
         if cache is None:
             features = self.extract_features(obs)
-            latent, state = run_lstm(self.lstm, features, state, episode_starts[None])
+            latent, state = run_lstm(self.lstm, features, state, episode_starts)
         else:
             features = self.extract_features(obs, cache.extractor)
             latent, state = cache.record(features, state, episode_starts)
@@ -290,15 +291,16 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     ) -> th.Tensor:
         """:return: values (n_envs, 1)"""
         features = self.extract_features(obs)
-        latent, _ = run_lstm(self.lstm, features, state, episode_starts[None])
+        latent, _ = run_lstm(self.lstm, features, state, episode_starts)
         return self._values(latent, features)
 
     def get_distribution(  # type: ignore[override]
         self, obs: PyTorchObs, state: LstmState, episode_starts: th.Tensor
     ) -> tuple[Distribution, LstmState]:
         """:return: the distribution of actions, and the state after the step"""
-        latent, state = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts[None])
-        return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent)), state
+        latent, state = run_lstm(self.lstm, self.extract_features(obs), state, episode_starts)
+        with unvalidated_if_traced():
+            return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent)), state
 
     def predict(
         self,

@@ -1,6 +1,12 @@
-"""Tells whether a module or a policy computes what its class says; the fast paths are valid only then."""
+"""Tells whether a module or a policy computes what its class says, and at once; the fast paths are valid only then."""
 
+import torch as th
 from torch import nn
+
+
+def is_traced() -> bool:
+    """True while ``th.jit.trace`` or ``th.export`` records operations, which can't depend on values or the batch size."""
+    return bool(th.jit.is_tracing() or th.compiler.is_exporting())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:

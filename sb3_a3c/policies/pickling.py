@@ -1,7 +1,6 @@
 """Pickles a policy for a worker, with what cloudpickle and torch leave out: parametrizations and hooks of parameters."""
 
 import io
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +9,8 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 from torch.nn.utils import parametrize
+
+from sb3_a3c.errors import warn
 
 _COMPILED = "_orig_mod"  # where the wrapper that th.compile returns keeps the module; its class takes 1.4 s to import
 
@@ -22,10 +23,7 @@ def dump_policy(policy: ActorCriticPolicy) -> bytes:
     """
     modules = list(policy.modules())
     if any(_COMPILED in module._modules or module._compiled_call_impl is not None for module in modules):
-        warnings.warn(
-            "The policy, or a part of it, is compiled. A3C's workers compute the same without `th.compile`: leave it out.",
-            stacklevel=2,
-        )
+        warn("The policy, or a part of it, is compiled. A3C's workers compute the same without `th.compile`: leave it out.")
     buffer = io.BytesIO()
     try:
         _PolicyPickler(buffer).dump(policy)

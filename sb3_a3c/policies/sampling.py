@@ -1,5 +1,7 @@
 """Sampling of actions, and their conversion to what environments take."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,21 @@ from gymnasium import spaces
 from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_a3c.policies.overrides import is_overridden
+from sb3_a3c.policies.overrides import is_overridden, is_traced
+
+
+@contextlib.contextmanager
+def unvalidated_if_traced() -> Iterator[None]:
+    """While operations are traced, distributions do not check their parameters: what depends on values can't be traced."""
+    if not is_traced():
+        yield
+        return
+    before = th.distributions.Distribution._validate_args
+    th.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        th.distributions.Distribution.set_default_validate_args(before)
 
 
 def sample_actions(policy: ActorCriticPolicy, latent: th.Tensor) -> th.Tensor:

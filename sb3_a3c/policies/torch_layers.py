@@ -9,7 +9,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-from sb3_a3c.policies.overrides import is_unmodified
+from sb3_a3c.policies.overrides import is_traced, is_unmodified
 
 #: This number of images goes through the convolutions at once: the output of a layer is then still in the processor's cache
 #: when the next layer, or the backward pass, reads it.
@@ -103,6 +103,9 @@ class BabyCNN(BaseFeaturesExtractor):
         return features
 
     def _in_slices(self, observations: th.Tensor) -> th.Tensor:
+        if is_traced():  # for any number of images
+            images: th.Tensor = self.cnn(observations)
+            return images
         parts = [self.cnn(images) for images in th.split(observations, IMAGES_AT_ONCE)]
         return th.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -135,12 +138,14 @@ def run_lstm(lstm: nn.LSTM, features: th.Tensor, state: LstmState, episode_start
 
     :param features: (n_steps * n_envs, features_dim)
     :param state: state before the first step
-    :param episode_starts: (n_steps, n_envs), bool
+    :param episode_starts: (n_steps, n_envs), or (n_envs,) for one step, which has no branch that depends on values, so that
+        it can be traced; bool, or numbers that are not 0 where an episode starts
     :return: outputs (n_steps * n_envs, lstm_hidden_size), and the state after the last step
     """
+    episode_starts = episode_starts.bool()
+    if episode_starts.dim() == 1:
+        return _single_step(lstm, features, tuple(part.masked_fill(episode_starts[:, None], 0.0) for part in state))
     n_steps, n_envs = episode_starts.shape
-    if n_steps == 1 and not th.is_grad_enabled() and is_standard_lstm(lstm):
-        return _single_step(lstm, features, tuple(part.masked_fill(episode_starts[..., None], 0.0) for part in state))
     sequence = features.reshape(n_steps, n_envs, -1)  # (n_steps * n_envs, F) -> (n_steps, n_envs, F)
     cuts = (episode_starts[1:].any(dim=1).nonzero().flatten() + 1).tolist()
     outputs = []
@@ -153,10 +158,13 @@ def run_lstm(lstm: nn.LSTM, features: th.Tensor, state: LstmState, episode_start
 
 
 def _single_step(lstm: nn.LSTM, features: th.Tensor, state: LstmState) -> tuple[th.Tensor, LstmState]:
-    """One step without gradient; ``lstm`` itself would first reorder its weights in memory."""
+    """One step. Without gradient, ``lstm`` itself would first reorder its weights in memory."""
+    if not is_unmodified(lstm, nn.LSTM) or (lstm.dropout and lstm.training):
+        output, state = lstm(features[None], state)
+        return output[0], state
     hidden, cell = [], []
     x = features
-    for weights, h, c in zip(lstm.all_weights, *state, strict=True):
+    for weights, h, c in zip(lstm.all_weights, *(part.unbind() for part in state), strict=True):
         x, c = th.lstm_cell(x, (h, c), *weights)
         hidden.append(x)
         cell.append(c)

@@ -106,7 +106,7 @@ def test_single_step_without_gradient_is_that_of_the_lstm(kwargs: dict[str, Any]
     features, state = th.randn(5, 7), tuple(th.randn(lstm.num_layers, 5, 6) for _ in range(2))
     starts = th.tensor([True, False, False, True, False])
     with th.no_grad():
-        outputs, after = run_lstm(lstm, features, state, starts[None])
+        outputs, after = run_lstm(lstm, features, state, starts)
         expected, expected_after = lstm(features[None], tuple(part * ~starts[:, None] for part in state))
     for found, reference in zip((outputs, *after), (expected[0], *expected_after), strict=True):
         assert th.allclose(found, reference, rtol=1e-5, atol=1e-6)
