@@ -1,7 +1,6 @@
 """Argument validation. Each error names the argument, its value and what to pass instead."""
 
 import math
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.envs.sharding import take_share
+from sb3_a3c.errors import warn
 from sb3_a3c.policies.lstm_policies import CnnLstmPolicy, CnnPolicy, LstmActorCriticPolicy, MlpLstmPolicy, MlpPolicy
 
 _OBSERVATION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Dict)
@@ -92,10 +92,9 @@ def check_names(others: Collection[str], policy: Any, policy_kwargs: Mapping[str
 def warn_of_small_clipping(max_grad_norm: float, n_steps: int) -> None:
     """Warn of ``max_grad_norm=0.5``, which is A2C's default and PPO's."""
     if max_grad_norm == 0.5:
-        warnings.warn(
+        warn(
             f"`max_grad_norm=0.5`, the default of A2C and PPO, is small in A3C, whose loss is a sum over the {n_steps} "
-            f"steps of a rollout and not a mean: {0.5 * n_steps:g} clips as theirs does. A3C's default is 40.",
-            stacklevel=3,
+            f"steps of a rollout and not a mean: {0.5 * n_steps:g} clips as theirs does. A3C's default is 40."
         )
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import multiprocessing
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_a3c.actor_learner.config import Hyperparams, WorkerConfig
 from sb3_a3c.envs.sharding import EnvShare, deal, split_env
 from sb3_a3c.envs.wrapper_state import FirstReset
+from sb3_a3c.errors import warn
 from sb3_a3c.policies.pickling import dump_policy
 from sb3_a3c.processes.machine import n_cores
 from sb3_a3c.store.base import ParameterStore
@@ -123,5 +123,5 @@ def _shares(env: VecEnv, n_workers: int | None, first_reset: FirstReset) -> dict
     except ValueError as error:
         if n_workers is not None:
             raise
-        warnings.warn(f"A3C trains in this process, as with n_workers=0. {error}", stacklevel=2)
+        warn(f"A3C trains in this process, as with n_workers=0. {error}")
         return {}

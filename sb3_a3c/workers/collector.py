@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +26,7 @@ from sb3_a3c.envs.last_step import allow_last_step, refuse_last_step
 from sb3_a3c.envs.normalize import StatisticsMerger, options
 from sb3_a3c.envs.subproc import take_back
 from sb3_a3c.envs.wrapper_state import WrapperCounts, begin_episodes, continue_from, finish_videos, wrappers
-from sb3_a3c.errors import WorkerDiedError
+from sb3_a3c.errors import WorkerDiedError, warn
 from sb3_a3c.processes.machine import n_cores
 from sb3_a3c.processes.signals import uninterrupted
 from sb3_a3c.processes.supervisor import Supervisor
@@ -214,7 +213,7 @@ class HogwildCollector:
                 self._receive(min(left, LOOK_SECONDS))
             except Exception as error:  # the model is complete: a warning is enough
                 if not already_failing:
-                    warnings.warn(f"At the end of training a worker failed: {type(error).__name__}: {error}", stacklevel=2)
+                    warn(f"At the end of training a worker failed: {type(error).__name__}: {error}")
 
     def _stop_seconds(self) -> float:
         """
@@ -297,7 +296,7 @@ class HogwildCollector:
         if self._env_proxy is not None and (methods := sorted(self._env_proxy.methods)):
             message += f" If calls of env_method changed its environments, repeat them ({', '.join(methods)}), or use"
             message += " set_wrapper_attr, which reaches new workers too."
-        warnings.warn(message, stacklevel=2)
+        warn(message)
 
     def _send_ticket(self, worker: int) -> None:
         """Let a worker begin one more rollout, with the learning rate for the progress at its end."""

@@ -1,9 +1,9 @@
 """Pools the statistics of the workers' rollouts for the logger."""
 
-import warnings
 from collections.abc import Mapping
 
 from sb3_a3c.actor_learner.report import RolloutStatistics, added
+from sb3_a3c.errors import warn
 
 _SUMS = ("n_transitions", "policy_loss", "value_loss", "entropy", "n_updates", "grad_norm", "staleness")
 #: Updates running in which a critic that learns explains some of the variance, or gradients that are not clipped.
@@ -58,7 +58,7 @@ class TrainingStatistics:
         """Warn of the first update that was dropped in a training; ``train/skipped_updates`` counts all."""
         if new.skipped_updates > 0 and not self._has_warned:
             self._has_warned = True
-            warnings.warn(f"An update was dropped, as {new.fault}. Further ones are counted in the log.", stacklevel=2)
+            warn(f"An update was dropped, as {new.fault}. Further ones are counted in the log.")
 
     def pop(self) -> Mapping[str, float]:
         """

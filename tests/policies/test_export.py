@@ -163,7 +163,8 @@ def test_episode_starts_may_be_numbers(method: str) -> None:
     assert all(th.equal(found[0], other) for other in found[1:])
 
 
-def test_distributions_are_validated_as_before_after_an_export() -> None:
+def test_distributions_are_validated_as_before_after_an_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(th.distributions.Distribution, "_validate_args", True)  # torch.compile sets it to False for good
     policy = make("mlp")
     trace(one_step(policy), example_for(policy))
     with pytest.raises(ValueError, match="Expected parameter logits"):
