@@ -3,7 +3,7 @@
 #
 #   bash examples/zoo_search.sh [environment] [trials] [timesteps of a trial] [timesteps of the training]
 #
-# Needs `pip install ".[zoo]"`. The search space is in sb3_a3c/zoo/hyperparams_opt.py. What is not searched stays as in
+# Needs `pip install -c constraints.txt -e ".[zoo]"`. The search space is in sb3_a3c/zoo/hyperparams_opt.py. What is not searched stays as in
 # sb3_a3c/zoo/hyperparams/a3c.yml, but `policy_kwargs` are replaced. Two trials run at a time, each with one worker. Trials
 # are kept in a journal: call it again to add more.
 set -euo pipefail

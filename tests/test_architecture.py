@@ -13,8 +13,8 @@ PACKAGE = Path(sb3_a3c.__file__).parent
 #: From the top floor down. A room (a folder, or a module that stands by itself) imports from floors below it only; rooms of
 #: one floor do not import each other.
 FLOORS = [
-    {"zoo", "doctor"},
-    {"resume"},
+    {"zoo"},
+    {"doctor", "resume"},
     {"__init__"},
     {"a3c"},
     {"arguments", "save_util"},

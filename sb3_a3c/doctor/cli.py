@@ -1,4 +1,4 @@
-"""The command line ``python -m sb3_a3c.doctor --env PongNoFrameskip-v4 --n-envs 16``."""
+"""The command line ``sb3-a3c doctor --env PongNoFrameskip-v4 --n-envs 16``, or ``python -m sb3_a3c.doctor …``."""
 
 import argparse
 import importlib.metadata
@@ -11,6 +11,7 @@ from typing import Any
 import gymnasium as gym
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_a3c import __version__
 from sb3_a3c.a3c import A3C
 from sb3_a3c.doctor import checks
 from sb3_a3c.doctor.checks import Finding, Level, unknown
@@ -24,9 +25,9 @@ INTERRUPTED = 130
 _PACKAGES = ("torch", "stable-baselines3", "sb3-contrib", "gymnasium", "numpy", "ale-py")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m sb3_a3c.doctor") -> int:
     """Print each finding as soon as it is made. Exit status: 1 if something would stop a run."""
-    args = _parse(argv)
+    args = _parse(argv, prog)
     has_problem = False
     try:
         for finding in findings(args):
@@ -40,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(has_problem)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "python -m sb3_a3c.doctor",
+        prog,
         description="Check this machine before a long run of A3C, and say how to fix what is wrong.",
         epilog="Exit status: 0 if nothing would stop a run, 1 if something would.",
     )
@@ -96,7 +97,8 @@ def versions() -> Finding:
             found.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             found.append(f"no {package}")
-    return Finding("versions", Level.OK, f"Python {platform.python_version()}, {', '.join(found)}, {platform.platform()}")
+    python = f"Python {platform.python_version()}"
+    return Finding("versions", Level.OK, ", ".join([f"sb3_a3c {__version__}", python, *found, platform.platform()]))
 
 
 def _findings_in(env: VecEnv, n_workers: int, args: argparse.Namespace) -> Iterator[Finding]:

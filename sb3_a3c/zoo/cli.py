@@ -1,8 +1,9 @@
 """
-RL Zoo's commands, with A3C among the algorithms: ``python -m sb3_a3c.zoo train --algo a3c --env CartPole-v1``.
+The command ``sb3-a3c`` (or ``python -m sb3_a3c.zoo``): RL Zoo's commands, with A3C among the algorithms, and the doctor.
 
-Options, folders and files are RL Zoo's. Only A3C's hyperparameters come from ``sb3_a3c/zoo/hyperparams/a3c.yml``, unless
-``--conf-file`` is given. Scripts call :func:`register` first, then functions of ``rl_zoo3``.
+Options, folders and files are RL Zoo's. The defaults are A3C, the folder ``logs``, into which ``train`` writes, and
+hyperparameters from ``sb3_a3c/zoo/hyperparams/a3c.yml``. ``benchmark`` downloads models only with ``--hub``. Scripts call
+:func:`register` first, then functions of ``rl_zoo3``.
 """
 
 import argparse
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from sb3_a3c.doctor import cli as doctor
+
 #: RL Zoo's commands that are functions, with their modules, and those that are scripts.
 _FUNCTIONS = {
     "train": "rl_zoo3.train",
@@ -27,6 +30,18 @@ _FUNCTIONS = {
     "all_plots": "rl_zoo3.plots",
 }
 _SCRIPTS = ("record_video", "record_training", "benchmark")
+
+#: Options that are put before the user's, which override them. (RL Zoo's defaults: PPO, and models of the Hugging Face hub.)
+_PLAYED = ("--algo", "a3c", "--folder", "logs")
+_DEFAULTS: dict[str, tuple[str, ...]] = {
+    "train": ("--algo", "a3c"),
+    "enjoy": _PLAYED,
+    "record_video": _PLAYED,
+    "record_training": _PLAYED,
+    "plot_train": ("--algo", "a3c", "--exp-folder", "logs"),
+    "all_plots": ("--algos", "a3c", "--exp-folders", "logs"),
+    "benchmark": ("--log-dir", "logs", "--no-hub"),
+}
 
 
 def register() -> None:
@@ -41,7 +56,8 @@ def register() -> None:
         from rl_zoo3.exp_manager import ExperimentManager
     except ImportError as error:
         raise ImportError(
-            f'RL Zoo can\'t be imported ({error}). Install it: pip install "sb3-a3c[zoo]", or rl-zoo3, requests and seaborn.'
+            f"RL Zoo can't be imported ({error}). Install what it needs, in the checkout of sb3_a3c: "
+            'pip install -c constraints.txt -e ".[zoo]"'
         ) from error
     from sb3_a3c.a3c import A3C
     from sb3_a3c.zoo.experiment_manager import A3CExperiment
@@ -59,13 +75,31 @@ def register() -> None:
 
 
 def main() -> None:
-    """Run the command named by the first argument; RL Zoo parses the others."""
+    """Run the command named by the first argument; RL Zoo, or the doctor, parses the others."""
     name = "sb3-a3c" if Path(sys.argv[0]).stem == "sb3-a3c" else "python -m sb3_a3c.zoo"
-    parser = argparse.ArgumentParser(name, description=f"RL Zoo's commands, with A3C. Options: {name} COMMAND --help")
-    parser.add_argument("command", choices=[*_FUNCTIONS, *_SCRIPTS])
+    parser = argparse.ArgumentParser(
+        name,
+        description="RL Zoo's commands, with A3C as the default algorithm; doctor checks this machine before a long run.",
+        epilog=f"Options: {name} COMMAND --help",
+    )
+    parser.add_argument("--version", action="version", version=doctor.versions().text)
+    parser.add_argument("command", choices=[*_FUNCTIONS, *_SCRIPTS, "doctor"])
     command = parser.parse_args(sys.argv[1:2]).command
-    register()
-    sys.argv = [f"{name} {command}", *sys.argv[2:]]
+    options = sys.argv[2:]
+    if command == "doctor":
+        sys.exit(doctor.main(options, f"{name} doctor"))
+    if command == "benchmark" and "--hub" in options:
+        options.remove("--hub")
+    else:
+        options = [*_DEFAULTS.get(command, ()), *options]
+    if "--no-hub" in options:
+        # else RL Zoo would download what a folder lacks; read when huggingface_hub is imported, here and in subprocesses
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        register()
+    except ImportError as error:
+        parser.exit(1, f"{name}: error: {error}\n")
+    sys.argv = [f"{name} {command}", *options]
     sys.path.insert(0, os.getcwd())  # for the user's wrappers and environments, as `python -m` does
     multiprocessing.set_forkserver_preload(["rl_zoo3.train"])  # else each process of `--vec-env subproc` imports it
     with _subprocesses_know_a3c(), _plots_are_kept(command) if "plot" in command else contextlib.nullcontext():

@@ -1,14 +1,17 @@
 """RL Zoo's ``ExperimentManager``, adapted to A3C: its hyperparameters, ``-i``, saving after errors, and searches."""
 
+import contextlib
 import inspect
 import os
 import re
+import shutil
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 import optuna
+from gymnasium import spaces
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -33,6 +36,9 @@ class A3CExperiment(ExperimentManager):
     - Hyperparameters of other algorithms, such as ``n_epochs``, raise an error that says so.
     - If training raises, the model is saved. It is also saved if Ctrl-C ends the reader of the output (``| tee``).
     - A trial that raises anything is pruned and does not end the search.
+    - A run without a model, because its set-up raised or for a search, leaves no folder.
+    - ``normalize: true`` leaves out observations that ``VecNormalize`` can't normalize, such as ``Discrete`` ones.
+    - ``env_kwargs`` of the file also apply to the environments of evaluations.
 
     :param args: as for ``ExperimentManager``
     :param config: path of the hyperparameters; None: :data:`HYPERPARAMS`
@@ -42,6 +48,16 @@ class A3CExperiment(ExperimentManager):
     def __init__(self, *args: Any, config: str | None = None, **kwargs: Any) -> None:
         kwargs["config"] = config or str(HYPERPARAMS)
         super().__init__(*args, **kwargs)
+        self._made_folder = False
+
+    def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
+        results = None
+        try:
+            results = super().setup_experiment()
+        finally:
+            if results is None and self._made_folder:  # `enjoy` would take it for the latest run
+                shutil.rmtree(self.save_path)
+        return results
 
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> tuple[dict[str, Any], Any, list[BaseCallback], Any]:
         processed, *others = super()._preprocess_hyperparams(hyperparams)
@@ -50,15 +66,18 @@ class A3CExperiment(ExperimentManager):
                 f"A3C has no {', '.join(f'`{name}`' for name in unknown)}. Leave them out of {self.config} and of -params. "
                 "(Those of PPO have no counterpart: A3C learns from each rollout once.)"
             )
+        self.eval_env_kwargs = self._eval_env_kwargs_args or self.env_kwargs
         return processed, *others  # type: ignore[return-value]
 
     def create_log_folder(self) -> None:
-        if not self.continue_training:
-            super().create_log_folder()  # type: ignore[no-untyped-call]
-            return
-        self._check_model_can_continue()  # before there is a folder, which `enjoy` would take for the latest run
+        if self.continue_training:
+            self._check_model_can_continue()
+        with contextlib.suppress(FileExistsError):  # made by a run that started at the same moment
+            os.makedirs(self.save_path)
+            self._made_folder = True
         super().create_log_folder()  # type: ignore[no-untyped-call]
-        carry_over_monitor_files(Path(self.trained_agent).parent, Path(self.save_path))
+        if self.continue_training:
+            carry_over_monitor_files(Path(self.trained_agent).parent, Path(self.save_path))
 
     def learn(self, model: BaseAlgorithm) -> None:
         trained = _Trained(model, self.continue_training)
@@ -110,6 +129,8 @@ class A3CExperiment(ExperimentManager):
 
     def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
         if not (self.continue_training and self.normalize):
+            if not isinstance(env.observation_space, spaces.Box | spaces.Dict):
+                self.normalize_kwargs.setdefault("norm_obs", False)
             return super()._maybe_normalize(env, eval_env)
         print("Loading saved VecNormalize stats")
         if has_statistics(self.trained_agent):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch as th
 
-from sb3_a3c import WorkerDiedError
+from sb3_a3c import WorkerDiedError, __version__
 from sb3_a3c.doctor import cli
 from sb3_a3c.processes import machine
 
@@ -29,6 +29,7 @@ def test_healthy_run(capsys: pytest.CaptureFixture[str]) -> None:
     names = ["versions", "cores", "environment", "shared memory", "gradient", "start", "training", "threads"]
     assert list(found) == [*names, "memory"]
     assert found["environment"] == found["gradient"] == found["start"] == found["training"] == found["threads"] == "ok"
+    assert f"sb3_a3c {__version__}, Python " in output
     assert f"torch {th.__version__}" in output
     assert "2 x PongNoFrameskip-v4, CnnLstmPolicy" in output
     assert "3 pushes moved 1,473,703 shared weights exactly as torch's Adam" in output

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import platform
 import re
 import shutil
 import signal
@@ -15,6 +16,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import stable_baselines3
+import torch as th
 from moviepy import VideoFileClip
 from rl_zoo3 import ALGOS, hyperparams_opt
 from rl_zoo3 import train as train_module
@@ -22,30 +25,33 @@ from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3 import A2C
 from stable_baselines3.common.monitor import load_results
 
+import sb3_a3c
 from sb3_a3c import A3C
 from sb3_a3c.zoo import cli as zoo
 from sb3_a3c.zoo.experiment_manager import A3CExperiment
 
 CHECKOUT = Path(__file__).parents[2]
-CARTPOLE = ["--algo", "a3c", "--env", "CartPole-v1"]
+CARTPOLE = ["--env", "CartPole-v1"]
 N_STEPS, N_ENVS = 16, 4
 #: Two workers and a small network.
 FAST = ["-params", f"n_envs:{N_ENVS}", f"n_steps:{N_STEPS}", "n_workers:2", "policy_kwargs:dict(net_arch=[16])"]
 TRAIN = ["train", *CARTPOLE, "-n", "1200", "--eval-freq", "500", "--eval-episodes", "2", *FAST]
 
-#: The commands that share one run's files: "train" is run twice, as some plots need several runs.
+#: The commands that share one run's files, with their defaults: A3C, and the folder ``logs``. "train" is run twice, as some
+#: plots need several runs.
 COMMANDS = {
     "train": [*TRAIN, "-P", "--save-freq", "600", "--tensorboard-log", "tb"],
     "train again": TRAIN,
     "train a2c": ["train", "--algo", "a2c", "--env", "CartPole-v1", "-n", "200", "--eval-freq", "-1", "-f", "sb3"],
-    "enjoy": ["enjoy", *CARTPOLE, "-f", "logs", "--no-render", "-n", "600"],
-    "record_video": ["record_video", *CARTPOLE, "-f", "logs", "-n", "30", "-o", "videos"],
-    "plot_train": ["plot_train", "-a", "a3c", "-e", "CartPole-v1", "-f", "logs", "-w", "5"],
-    "all_plots": ["all_plots", "-a", "a3c", "-e", "CartPole-v1", "-f", "logs", "-o", "results", "-print"],
+    "enjoy": ["enjoy", *CARTPOLE, "--no-render", "-n", "600"],
+    "enjoy a2c": ["enjoy", "--algo", "a2c", *CARTPOLE, "-f", "sb3", "--no-render", "-n", "10"],
+    "record_video": ["record_video", *CARTPOLE, "-n", "30", "-o", "videos"],
+    "plot_train": ["plot_train", "-e", "CartPole-v1", "-w", "5"],
+    "all_plots": ["all_plots", "-e", "CartPole-v1", "-o", "results", "-print"],
     "plot_from_file": ["plot_from_file", "-i", "results", "-o", "figure.png", "--format", "png", "-b"],
-    "benchmark": [
-        *["benchmark", "--log-dir", "logs", "--benchmark-dir", "benchmark", "--no-hub", "--test-mode", "-n", "300"]
-    ],
+    "benchmark": ["benchmark", "--benchmark-dir", "benchmark", "-n", "300"],
+    "train FrozenLake": ["train", "--env", "FrozenLake-v1", "-n", "2000"],
+    "enjoy FrozenLake": ["enjoy", "--env", "FrozenLake-v1", "--no-render", "-n", "300"],
 }
 
 #: Most of a command's time is imports, so one process runs all of them.
@@ -160,6 +166,7 @@ def test_train(trained: Zoo, outputs: dict[str, str]) -> None:
 def test_algorithms_of_sb3_have_their_own_hyperparameters(trained: Zoo, outputs: dict[str, str]) -> None:
     assert re.search(r"Loading hyperparameters from: .*/rl_zoo3/hyperparams/a2c\.yml\n", outputs["train a2c"])
     assert A2C.load(trained.folder / "sb3" / "a2c" / "CartPole-v1_1" / "CartPole-v1.zip").num_timesteps >= 200
+    assert "Loading sb3/a2c/CartPole-v1_1/CartPole-v1.zip" in outputs["enjoy a2c"]
 
 
 def test_enjoy(outputs: dict[str, str]) -> None:
@@ -167,6 +174,13 @@ def test_enjoy(outputs: dict[str, str]) -> None:
     reward = re.search(r"Mean reward: ([\d.]+) ", outputs["enjoy"])
     assert reward is not None
     assert 8 < float(reward[1]) <= 500
+
+
+def test_default_hyperparameters_with_discrete_observations(trained: Zoo, outputs: dict[str, str]) -> None:
+    assert "Using 'default' hyperparameters" in outputs["train FrozenLake"]
+    assert "Normalization activated: {'norm_obs': False}" in outputs["train FrozenLake"]
+    assert A3C.load(trained.folder / "logs" / "a3c" / "FrozenLake-v1_1" / "FrozenLake-v1.zip").num_timesteps >= 2000
+    assert "Mean reward: " in outputs["enjoy FrozenLake"]
 
 
 def test_record_video(trained: Zoo, outputs: dict[str, str]) -> None:
@@ -192,8 +206,10 @@ def test_plots(trained: Zoo, outputs: dict[str, str]) -> None:
 
 
 def test_benchmark(trained: Zoo, outputs: dict[str, str]) -> None:
+    """It evaluates the models of ``logs``, and looks for none on a hub."""
     assert "Error" not in outputs["benchmark"]
-    table = (trained.folder / "benchmark" / "benchmark.md").read_text()
+    assert "1/1\n" in outputs["benchmark"]
+    table = (trained.folder / "benchmark.md").read_text()
     assert re.search(r"\|a3c *\|CartPole-v1\| +[\d.]+\|", table)
     episodes = load_results(str(trained.folder / "benchmark" / "a3c-CartPole-v1"))
     assert f"Mean reward: {episodes['r'].mean():.2f} " in outputs["benchmark"]
@@ -208,7 +224,7 @@ def test_record_training(trained: Zoo, fresh: Zoo) -> None:
     fresh.environ["PATH"] = f"{fresh.folder}{os.pathsep}{fresh.environ['PATH']}"
     ignored = shutil.ignore_patterns("best_model.zip", "rl_model_1200_steps.zip", "*.monitor.csv")
     shutil.copytree(trained.run_folder(), fresh.run_folder(), ignore=ignored)
-    fresh.run("record_training", *CARTPOLE, "-f", "logs", "-n", "20")
+    fresh.run("record_training", *CARTPOLE, "-n", "20")
     videos = {path.name.split("-a3c-")[0]: path for path in (fresh.run_folder() / "videos").glob("*.mp4")}
     assert videos.keys() == {"checkpoint-600", "final-model", "training.mp4"}
     assert frames(videos["final-model"]) == frames(videos["checkpoint-600"]) == 21
@@ -314,7 +330,7 @@ def test_wrappers_and_callbacks_of_a_file(fresh: Zoo) -> None:
     assert statistics.obs_rms.mean.shape == (5,)
     assert statistics.obs_rms.count >= 400
     assert not statistics.norm_reward
-    assert "Mean reward" in fresh.run("enjoy", *CARTPOLE, "-f", "logs", "--no-render", "-n", "100")
+    assert "Mean reward" in fresh.run("enjoy", *CARTPOLE, "--no-render", "-n", "100")
 
 
 @pytest.fixture
@@ -336,7 +352,7 @@ def test_wrong_commands(program: str, monkeypatch: pytest.MonkeyPatch, capsys: p
         assert ended.value.code == 2
         errors = capsys.readouterr().err
         assert f"{name}: error: " in errors and message in errors
-        assert all(command in errors for command in ("train", "enjoy", "plot_train", "record_training", "benchmark"))
+        assert all(command in errors for command in ("train", "enjoy", "plot_train", "benchmark", "doctor"))
 
 
 @pytest.mark.usefixtures("unregistered")
@@ -362,10 +378,63 @@ def test_register(tmp_path: Path) -> None:
     assert type(make(None, "a2c", "CartPole-v1", str(tmp_path))) is ExperimentManager
 
 
-def test_without_rl_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
+INSTALL = r"Install what it needs, in the checkout of sb3_a3c: pip install -c constraints\.txt -e \"\.\[zoo\]\"$"
+
+
+def run_main(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``sb3-a3c`` in this process: its exit status."""
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/sb3-a3c", *arguments])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as ended:
+        zoo.main()
+    return ended.value.code
+
+
+def test_without_rl_zoo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "rl_zoo3", None)
-    with pytest.raises(ImportError, match=r'^RL Zoo can\'t be imported \(.+\)\. Install it: pip install "sb3-a3c\[zoo\]"'):
+    with pytest.raises(ImportError, match=rf"^RL Zoo can't be imported \(.+\)\. {INSTALL}"):
         zoo.register()
+    assert run_main("train", *CARTPOLE, monkeypatch=monkeypatch) == 1
+    assert re.match(rf"sb3-a3c: error: RL Zoo can't be imported \(.+\)\. {INSTALL}", capsys.readouterr().err)
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "rl_zoo3", None)  # it is not needed
+    assert run_main("--version", monkeypatch=monkeypatch) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    start = f"sb3_a3c {sb3_a3c.__version__}, Python {platform.python_version()}, torch {th.__version__}, "
+    assert output.startswith(f"{start}stable-baselines3 {stable_baselines3.__version__}, ")
+
+
+def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "rl_zoo3", None)  # it is not needed
+    assert run_main("doctor", "--env", "CartPol-v1", "--n-envs", "1", monkeypatch=monkeypatch) == 1
+    assert "problem  environment    CartPol-v1 can't be made: NameNotFound: " in capsys.readouterr().out
+    assert run_main("doctor", "--help", monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out.startswith("usage: sb3-a3c doctor [-h] [--env ID] ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "offline"),
+    [
+        (["benchmark", "-n", "5"], ["--log-dir", "logs", "--no-hub", "-n", "5"], "1"),
+        (["benchmark", "--no-hub"], ["--log-dir", "logs", "--no-hub", "--no-hub"], "1"),
+        (["benchmark", "-n", "5", "--hub"], ["-n", "5"], None),  # as RL Zoo's
+        (["record_training", "--algo", "ppo"], ["--algo", "a3c", "--folder", "logs", "--algo", "ppo"], None),
+    ],
+)
+def test_only_benchmark_with_hub_may_download(
+    arguments: list[str], options: list[str], offline: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_module(name: str, run_name: str) -> None:
+        assert (name, run_name) == (f"rl_zoo3.{arguments[0]}", "__main__")
+        sys.exit("called")
+
+    monkeypatch.setattr("runpy.run_module", run_module)
+    monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"})
+    assert run_main(*arguments, monkeypatch=monkeypatch) == "called"
+    assert sys.argv == [f"sb3-a3c {arguments[0]}", *options]
+    assert os.environ.get("HF_HUB_OFFLINE") == offline
 
 
 def test_other_programs_are_called_unchanged() -> None:

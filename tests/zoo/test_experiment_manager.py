@@ -5,16 +5,20 @@ import contextlib
 import pickle
 import re
 import sys
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import optuna
 import pytest
 import torch as th
 from rl_zoo3 import ALGOS
 from rl_zoo3 import train as train_module
 from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import load_results
@@ -24,6 +28,7 @@ from sb3_a3c import A3C, MlpLstmPolicy, MlpPolicy
 from sb3_a3c.actor_learner import actor_learner
 from sb3_a3c.resume import load_statistics
 from sb3_a3c.zoo.experiment_manager import HYPERPARAMS, A3CExperiment
+from sb3_a3c.zoo.hyperparams_opt import sample_a3c_params
 
 N_ENVS, N_STEPS = 2, 8
 FIRST, TOTAL = 64, 160
@@ -122,14 +127,15 @@ class Recording(A3CExperiment):
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """RL Zoo's train, in this process."""
 
-    def run(*options: str) -> Recording:
+    def run(*options: str, manager: type[Recording] = Recording, settings: Sequence[str] = SETTINGS) -> Recording:
         Recording.created = []
         monkeypatch.setitem(ALGOS, "a3c", A3C)
-        monkeypatch.setattr(train_module, "ExperimentManager", Recording)
-        monkeypatch.setattr(sys, "argv", ["train", "-f", str(tmp_path), *options, *SETTINGS])
+        monkeypatch.setitem(HYPERPARAMS_SAMPLER, "a3c", sample_a3c_params)
+        monkeypatch.setattr(train_module, "ExperimentManager", manager)
+        monkeypatch.setattr(sys, "argv", ["train", "-f", str(tmp_path), *options, *settings])
         train_module.train()
-        (manager,) = Recording.created
-        return manager
+        (created,) = Recording.created
+        return created
 
     return run
 
@@ -271,6 +277,62 @@ def test_a_new_run_does_not_continue(train: Any, continued: Path) -> None:
     assert second.n_timesteps_before == 0
     assert second.model.num_timesteps == FIRST
     assert names(continued) == ["0.monitor.csv", "1.monitor.csv", "CartPole-v1", "CartPole-v1.zip"]
+
+
+def test_only_runs_with_a_model_leave_a_folder(train: Any, folder: Path) -> None:
+    """``enjoy`` takes the latest folder for the latest run."""
+    train("-n", str(FIRST))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        train("-n", str(FIRST), "--env-kwargs", "nonsense:1")
+    assert names(folder.parent) == [folder.name]
+    search = ["-optimize", "--n-trials", "1", "--n-evaluations", "1", "--eval-episodes", "1", "--no-optim-plots"]
+    train("-n", str(FIRST), *search)
+    left = names(folder.parent)
+    assert left[0] == folder.name
+    assert all(name.startswith("report_CartPole-v1_1-trials-") for name in left[1:])
+    assert sorted(Path(name).suffix for name in left[1:]) == [".csv", ".pkl"]
+
+
+def test_a_folder_of_a_run_that_started_at_the_same_moment_stays(train: Any, folder: Path) -> None:
+    class Late(Recording):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            folder.mkdir(parents=True)
+
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        train("-n", str(FIRST), "--env-kwargs", "nonsense:1", manager=Late)
+    assert folder.is_dir()
+
+
+CLASSIC = ["Acrobot-v1", "Blackjack-v1", "CliffWalking-v1", "FrozenLake-v1", "MountainCarContinuous-v0", "Pendulum-v1"]
+CLASSIC += [max(name for name in gym.registry if name.startswith("Taxi-v")), "LunarLander-v3"]
+
+
+@pytest.mark.filterwarnings("ignore:builtin type [Ss]wig:DeprecationWarning")
+@pytest.mark.parametrize("env", CLASSIC)
+def test_classic_environments_train_and_are_evaluated_with_the_defaults(env: str, train: Any, tmp_path: Path) -> None:
+    """One worker in this process is enough to see that. CliffWalking has no time limit of its own."""
+    if env not in gym.registry:
+        pytest.skip(f"this gymnasium has no {env}")
+    short = ["--eval-freq", "100", "--eval-episodes", "1", "-params", "n_workers:0", "n_envs:2", "n_steps:10"]
+    train("-n", "200", settings=["--algo", "a3c", "--env", env, *short])
+    (folder,) = (tmp_path / "a3c").iterdir()
+    assert A3C.load(folder / f"{env}.zip").num_timesteps == 200
+    with np.load(folder / "evaluations.npz") as evaluations:
+        assert evaluations["timesteps"].tolist() == [100, 200]
+        assert evaluations["ep_lengths"].max() <= (
+            200 if env == "CliffWalking-v1" else gym.spec(env).max_episode_steps or 50
+        )
+
+
+# RL Zoo leaves the environments open if the model can't be made
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_spaces_that_a3c_does_not_support(train: Any, tmp_path: Path) -> None:
+    """Blackjack without the wrapper of the file."""
+    config = tmp_path / "mine.yml"
+    config.write_text("default: {policy: MlpPolicy, n_timesteps: 100, normalize: true}")
+    with pytest.raises(ValueError, match=r"^A3C supports Box, Discrete, .* as observation spaces, not Tuple\(.*Wrap the"):
+        train("--conf-file", str(config), settings=["--algo", "a3c", "--env", "Blackjack-v1"])
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ConnectionResetError])

@@ -27,6 +27,9 @@ OF_RL_ZOO |= {"policy", "vec_env_wrapper"}
 #: An environment for each entry that is not named after one.
 PLAYED_BY = {"atari": "PongNoFrameskip-v4", "default": "Acrobot-v1"}
 
+#: Environments that the lowest gymnasium that setup.cfg admits does not have.
+NEWER = {"CliffWalking-v1", "CliffWalkingSlippery-v1"}
+
 SCORE = re.compile(r"# Score: -?[\d,]+(\.\d+)? .*\b[\d,]+(\.\d+)?[kM]? steps\b")
 UNTUNED = re.compile(r"# Untuned\b")
 
@@ -52,7 +55,7 @@ def test_entry(name: str) -> None:
     entry = ENTRIES[name]
     arguments = inspect.signature(A3C.__init__).parameters.keys() - {"self", "env", "_init_setup_model"}
     assert entry.keys() <= arguments | OF_RL_ZOO
-    assert PLAYED_BY.get(name, name) in gym.registry
+    assert PLAYED_BY.get(name, name) in gym.registry or name in NEWER
     assert entry["policy"] in A3C.policy_aliases
     assert entry["n_timesteps"] == int(entry["n_timesteps"]) > 0
     assert entry.get("n_envs", 1) >= (entry.get("n_workers") or 1)
@@ -94,7 +97,9 @@ def test_atari_games_are_those_of_make_ale_vec_env() -> None:
 @pytest.mark.parametrize("name", UNTUNED_ENTRIES)
 def test_untuned_entries_train(name: str, tmp_path: Path) -> None:
     env = PLAYED_BY.get(name, name)
-    options = ["--algo", "a3c", "--env", env, "-n", "3000", "--eval-freq", "-1", "-f", str(tmp_path)]
+    if env not in gym.registry:
+        pytest.skip(f"this gymnasium has no {env}")
+    options = ["--env", env, "-n", "3000", "--eval-freq", "-1", "-f", str(tmp_path)]
     command = [sys.executable, "-m", "sb3_a3c.zoo", "train", *options]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode == 0, result.stderr
