@@ -1,7 +1,6 @@
 """RL Zoo's ``ExperimentManager``, adapted to A3C: its hyperparameters, ``-i``, saving after errors, and searches."""
 
 import contextlib
-import inspect
 import os
 import re
 import shutil
@@ -33,7 +32,6 @@ class A3CExperiment(ExperimentManager):
     - ``--conf-file`` is by default :data:`HYPERPARAMS`.
     - ``-i`` continues the run that saved the model, with its timesteps, schedules, statistics for ``VecNormalize`` and
       monitor files, until ``-n`` timesteps *in total*.
-    - Hyperparameters of other algorithms, such as ``n_epochs``, raise an error that says so.
     - If training raises, the model is saved. It is also saved if Ctrl-C ends the reader of the output (``| tee``).
     - A trial that raises anything is pruned and does not end the search.
     - A run without a model, because its set-up raised or for a search, leaves no folder.
@@ -61,11 +59,6 @@ class A3CExperiment(ExperimentManager):
 
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> tuple[dict[str, Any], Any, list[BaseCallback], Any]:
         processed, *others = super()._preprocess_hyperparams(hyperparams)
-        if unknown := sorted(processed.keys() - inspect.signature(A3C).parameters.keys()):
-            raise ValueError(
-                f"A3C has no {', '.join(f'`{name}`' for name in unknown)}. Leave them out of {self.config} and of -params. "
-                "(Those of PPO have no counterpart: A3C learns from each rollout once.)"
-            )
         self.eval_env_kwargs = self._eval_env_kwargs_args or self.env_kwargs
         return processed, *others  # type: ignore[return-value]
 
