@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.envs.sharding import take_share
 from sb3_a3c.errors import warn
+from sb3_a3c.policies.impossible import impossible
 from sb3_a3c.policies.lstm_policies import CnnLstmPolicy, CnnPolicy, LstmActorCriticPolicy, MlpLstmPolicy, MlpPolicy
 
 _OBSERVATION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Dict)
@@ -84,7 +85,7 @@ def check_names(others: Collection[str], policy: Any, policy_kwargs: Mapping[str
     """
     errors = [f"`{name}`: {_OF_PPO.get(name, 'A3C has no such argument')}" for name in others]
     if isinstance(policy, type) and issubclass(policy, LstmActorCriticPolicy):
-        errors += [f"policy_kwargs: {error}" for error in policy.impossible(policy_kwargs or {})]
+        errors += [f"policy_kwargs: {error}" for error in impossible(policy_kwargs or {})]
     if errors:
         raise ValueError("\n".join(["These arguments are not possible in A3C:", *errors]))
 

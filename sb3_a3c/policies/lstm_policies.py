@@ -5,7 +5,7 @@ A rollout of ``n_steps`` steps in ``n_envs`` environments is a time-major batch,
 ``episode_starts``, (n_steps, n_envs), gives both numbers. Acting is a rollout of one step.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_a3c.policies.activation_cache.cache import ActivationCache, ChunkCache, new_activation_cache
+from sb3_a3c.policies.impossible import impossible
 from sb3_a3c.policies.overrides import is_overridden
 from sb3_a3c.policies.sampling import sample_actions, to_env_actions, unvalidated_if_traced
 from sb3_a3c.policies.torch_layers import BabyCNN, LstmState, run_lstm
@@ -81,32 +82,10 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         self.shared_lstm, self.enable_critic_lstm = shared_lstm, enable_critic_lstm
         self.lstm_kwargs = lstm_kwargs or {}
         own = dict(shared_lstm=shared_lstm, enable_critic_lstm=enable_critic_lstm, lstm_kwargs=lstm_kwargs)
-        if errors := self.impossible({**kwargs, **own}):
+        if errors := impossible({**kwargs, **own}):
             raise ValueError(" ".join(errors))
         kwargs.setdefault("features_extractor_class", self.default_features_extractor_class)
         super().__init__(observation_space, action_space, lr_schedule, net_arch or [], *args, **kwargs)
-
-    @staticmethod
-    def impossible(kwargs: Mapping[str, Any]) -> list[str]:
-        """For each of the constructor's arguments that asks for something impossible, what to use instead."""
-        shared_lstm, enable_critic_lstm = kwargs.get("shared_lstm"), kwargs.get("enable_critic_lstm")
-        errors = []
-        if enable_critic_lstm or (shared_lstm is not None and not shared_lstm and enable_critic_lstm is None):
-            errors.append(
-                "`enable_critic_lstm=True`, which is RecurrentPPO's default without `shared_lstm=True`, is not possible: "
-                "A3C's critic has no LSTM of its own. Leave both out, or use `shared_lstm=True` alone, for one LSTM that "
-                "learns from actor and critic; or `enable_critic_lstm=False` alone for a critic without memory."
-            )
-        if not kwargs.get("share_features_extractor", True):
-            errors.append(
-                "`share_features_extractor=False` is not possible with an LSTM: actor and critic share what comes before "
-                "it. Leave it out, and use e.g. `net_arch=dict(pi=[64], vf=[64])` for separate layers after the LSTM."
-            )
-        lstm_kwargs = kwargs.get("lstm_kwargs") or {}
-        wrong = [f"`{name}`" for name in ("bidirectional", "batch_first", "proj_size") if lstm_kwargs.get(name)]
-        if wrong:
-            errors.append(f"lstm_kwargs: {', '.join(wrong)}: not possible in a policy that acts step by step; leave it out.")
-        return errors
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
