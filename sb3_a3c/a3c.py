@@ -478,7 +478,7 @@ class A3C(OnPolicyAlgorithm):
         """
         content = io.BytesIO()
         super().save(content, exclude, include)
-        complete_archive(content, self.get_vec_normalize_env())
+        complete_archive(content, __version__, self.get_vec_normalize_env())
         if isinstance(path, str | Path):
             atomic_write(path, content.getbuffer())
         else:

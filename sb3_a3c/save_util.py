@@ -14,8 +14,6 @@ from typing import Any
 
 import cloudpickle
 
-from sb3_a3c.version import __version__
-
 #: Members of a model's zip-file.
 _MEMBERS = ("data", "policy.pth", "policy.optimizer.pth")
 #: Another member, if the model's environments have a ``VecNormalize``: that one, pickled. SB3's ``load`` ignores it.
@@ -76,10 +74,10 @@ def _replace(path: Path, content: bytes | memoryview) -> None:
         part.unlink(missing_ok=True)
 
 
-def complete_archive(file: io.BytesIO, normalize: Any) -> None:
+def complete_archive(file: io.BytesIO, version: str, normalize: Any) -> None:
     """Add the version of this package to a model's zip-file, and a ``VecNormalize`` unless it is None."""
     with zipfile.ZipFile(file, "a") as archive:
-        archive.writestr(_VERSION, __version__)
+        archive.writestr(_VERSION, version)
         if normalize is not None:
             archive.writestr(_STATISTICS, cloudpickle.dumps(normalize))  # as SB3 pickles the other parts
 

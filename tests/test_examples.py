@@ -151,6 +151,7 @@ def test_train_atari(run: Callable[..., str], tmp_path: Path) -> None:
     assert "steps in game.mp4" in output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGINT") or sys.platform == "win32", reason="signals of POSIX")
 def test_ctrl_c_in_train_atari(tmp_path: Path) -> None:
     command = [sys.executable, "-u", str(EXAMPLES / "train_atari.py"), *ATARI, "--timesteps", "1000000"]

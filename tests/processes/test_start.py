@@ -217,6 +217,7 @@ if __name__ == "__main__":
 
 
 @needs_fork
+@pytest.mark.slow
 def test_other_threads_use_the_main_module_and_start_processes_meanwhile(tmp_path: Path) -> None:
     """In a fresh interpreter, where the start of the fork server takes seconds."""
     (tmp_path / "script.py").write_text(OTHERS)

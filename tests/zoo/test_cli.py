@@ -234,9 +234,9 @@ def test_record_training(trained: Zoo, fresh: Zoo) -> None:
 @pytest.mark.parametrize(
     ("vec_env", "output_is_read"),
     [
-        ("subproc", False),
+        pytest.param("subproc", False, marks=pytest.mark.slow),
         pytest.param("subproc", True, marks=pytest.mark.slow),
-        pytest.param("dummy", False, marks=pytest.mark.slow),
+        ("dummy", False),
         pytest.param("dummy", True, marks=pytest.mark.slow),
     ],
 )
