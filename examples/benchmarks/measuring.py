@@ -14,6 +14,8 @@ from sb3_a3c.processes.machine import n_cores
 class Clock(BaseCallback):
     """Times whole rollouts for `seconds` and ends the training. The first two seconds do not count."""
 
+    reads_observations = False  # none need be sent to it
+
     def __init__(self, seconds: float, warm_up: float = 2.0) -> None:
         super().__init__()
         self.seconds = seconds

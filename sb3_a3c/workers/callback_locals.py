@@ -8,8 +8,8 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Conve
 _ABSENT = {
     "log_probs": "A3C's workers do not compute them while acting. `model.policy` has what it takes, for the present weights",
     "rollout_buffer": "A3C has none, each worker learns from its rollout at once",
-    "new_obs": "observations are only sent to callbacks of your own",
-    "obs_tensor": "observations are only sent to callbacks of your own",
+    "new_obs": "observations are only sent to callbacks of your own, without `reads_observations = False`",
+    "obs_tensor": "observations are only sent to callbacks of your own, without `reads_observations = False`",
 }
 
 
@@ -27,9 +27,13 @@ def install(callback: BaseCallback) -> None:
 
 
 def can_see_observations(callback: BaseCallback) -> bool:
-    """Whether there is a callback that is not SB3's own; SB3's own do not read observations."""
+    """
+    Whether there is a callback that is not SB3's own; SB3's own do not read observations. One whose attribute
+    ``reads_observations`` is False does not, either.
+    """
     return any(
-        isinstance(each, ConvertCallback) or not type(each).__module__.startswith("stable_baselines3.")
+        getattr(each, "reads_observations", True)
+        and (isinstance(each, ConvertCallback) or not type(each).__module__.startswith("stable_baselines3."))
         for each in _all(callback)
     )
 

@@ -150,6 +150,18 @@ def test_observations_are_sent_only_if_a_callback_can_see_them() -> None:
     assert can_see_observations(CallbackList([theirs, EveryNTimesteps(5, mine)]))
     assert can_see_observations(CallbackList([Own(10, ".")]))
 
+    class Counts(BaseCallback):
+        reads_observations = False
+
+        def _on_step(self) -> bool:
+            with pytest.raises(KeyError, match=r"new_obs: .*without `reads_observations = False`"):
+                self.locals["new_obs"]
+            return True
+
+    assert not can_see_observations(CallbackList([theirs, Counts()]))
+    assert can_see_observations(CallbackList([Counts(), mine]))
+    A3C("MlpPolicy", "CartPole-v1", n_workers=0).learn(40, Counts())
+
 
 @pytest.mark.parametrize("n_workers", [0, 2])
 def test_raw_values_of_vec_normalize_are_refused_while_workers_run(n_workers: int) -> None:
