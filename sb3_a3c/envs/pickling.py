@@ -146,9 +146,8 @@ def _pickles_itself(kind: type[EzPickle]) -> bool:
 
 
 def _rebuild_ez_pickle(kind: type[EzPickle], arguments: dict[str, Any]) -> Any:
-    return kind(
-        *arguments["_ezpickle_args"], **arguments["_ezpickle_kwargs"]
-    )  # `__setstate__` would make it refer to another
+    # not by `__setstate__`, which would make it refer to another
+    return kind(*arguments["_ezpickle_args"], **arguments["_ezpickle_kwargs"])
 
 
 def _update(obj: Any, attributes: dict[str, Any]) -> None:

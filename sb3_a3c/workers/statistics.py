@@ -40,11 +40,11 @@ class TrainingStatistics:
         if clipped.n_updates < PATIENCE:
             return
         self._clipped = RolloutStatistics()
-        if not self._has_hinted and _explained_variance(clipped) < 0:
+        if not self._has_hinted and (explained := _explained_variance(clipped)) < 0:
             self._has_hinted = True
             self._hint = (
                 f"The critic does not learn: in {clipped.n_updates} updates running, explained variance is "
-                f"{_explained_variance(clipped):.2g}, and all gradients are clipped (mean norm "
+                f"{explained:.2g}, and all gradients are clipped (mean norm "
                 f"{clipped.grad_norm / clipped.n_updates:.3g}). Probably the rewards are too large: use "
                 "VecNormalize(env, norm_obs=False)."
             )
