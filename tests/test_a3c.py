@@ -27,15 +27,9 @@ def cartpole(n_envs: int = 4, **kwargs: Any) -> VecEnv:
     return make_vec_env("CartPole-v1", n_envs=n_envs, **kwargs)
 
 
-def children() -> set[int]:
-    """Running child processes, including the fork server and the resource tracker, which stay."""
-    path = Path(f"/proc/{os.getpid()}/task")
-    return {int(pid) for task in path.iterdir() for pid in (task / "children").read_text().split()}
-
-
-def workers() -> set[int]:
-    """Worker processes: children of the fork server."""
-    return {int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _parent(p) in children()}
+def children_of(parents: set[int]) -> set[int]:
+    """Running processes whose parent is one of these. (A process may end while its entry is read.)"""
+    return {int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and _parent(path) in parents}
 
 
 def _parent(process: Path) -> int | None:
@@ -43,6 +37,16 @@ def _parent(process: Path) -> int | None:
         return int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
     except (FileNotFoundError, ProcessLookupError):
         return None
+
+
+def children() -> set[int]:
+    """Running child processes, including the fork server and the resource tracker, which stay."""
+    return children_of({os.getpid()})
+
+
+def workers() -> set[int]:
+    """Worker processes: children of the fork server."""
+    return children_of(children())
 
 
 class Recorder(BaseCallback):

@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -211,8 +212,11 @@ def test_success_rate_is_over_the_last_episodes(n_workers: int, tmp_path: Path) 
 
 @pytest.mark.parametrize("verbose", [0, 1])
 def test_one_line_says_that_rewards_are_too_large(verbose: int, capsys: pytest.CaptureFixture[str]) -> None:
-    env = cartpole(wrapper_class=lambda env: gym.wrappers.TransformReward(env, lambda reward: 1000 * float(reward)))
-    model = A3C("MlpPolicy", env, n_steps=5, envs_per_update=1, n_workers=0, verbose=verbose)
+    noise = np.random.default_rng(0)
+    env = cartpole(wrapper_class=lambda env: gym.wrappers.TransformReward(env, lambda _: noise.normal(scale=1000)))
+    model = A3C("MlpPolicy", env, gamma=0.0, n_steps=5, envs_per_update=1, n_workers=0, verbose=verbose, seed=0)
+    with th.no_grad():  # values are as large as rewards and have nothing to do with them
+        model.policy.value_net.weight.fill_(1e4)
     for _ in range(2):  # once in each call of `learn`
         model.learn(1000)
         lines = [line for line in capsys.readouterr().out.splitlines() if "VecNormalize(env, norm_obs=False)" in line]
