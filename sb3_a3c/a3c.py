@@ -40,7 +40,7 @@ from sb3_a3c.envs.wrapper_state import next_reset_skipped, pending_options, pend
 from sb3_a3c.policies import CnnLstmPolicy, CnnPolicy, MlpLstmPolicy, MlpPolicy, MultiInputLstmPolicy, MultiInputPolicy
 from sb3_a3c.policies.sampling import to_env_actions
 from sb3_a3c.processes.signals import uninterrupted
-from sb3_a3c.save_util import atomic_write, check_archive, complete_archive, saved_version
+from sb3_a3c.save_util import atomic_write, check_archive, complete_archive, old_policy_kwargs, saved_version
 from sb3_a3c.store.finite import check_finite
 from sb3_a3c.store.optimizer_state import check_optimizer, check_parameters, fixed_options
 from sb3_a3c.version import __version__
@@ -506,6 +506,8 @@ class A3C(OnPolicyAlgorithm):
         check_archive(path, own_argument="envs_per_update")
         if print_system_info:
             print(f"== sb3_a3c: {__version__}; the model was saved by {saved_version(path)} ==")
+        if (policy_kwargs := old_policy_kwargs(path, custom_objects)) is not None:
+            custom_objects = {**(custom_objects or {}), "policy_kwargs": policy_kwargs}
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:

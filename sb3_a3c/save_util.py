@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+from stable_baselines3.common.save_util import load_from_zip_file
+
+from sb3_a3c.policies.lstm_policies import LstmActorCriticPolicy
 
 #: Members of a model's zip-file.
 _MEMBERS = ("data", "policy.pth", "policy.optimizer.pth")
@@ -20,6 +23,10 @@ _MEMBERS = ("data", "policy.pth", "policy.optimizer.pth")
 _STATISTICS = "vecnormalize.pkl"
 #: Another member: the version of this package that has saved the model.
 _VERSION = "_sb3_a3c_version"
+#: What that member says where there is none.
+_BEFORE = "0.1.0 or before"
+#: What LSTM policies did then unless told otherwise.
+_OLD_POLICY_KWARGS = dict(net_arch=[], lstm_hidden_size=256, normalize_values=False)
 
 #: Errors of a file that can't be replaced, but perhaps written to: it is mounted itself, or its folder is read-only.
 _IRREPLACEABLE = {errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -85,7 +92,16 @@ def complete_archive(file: io.BytesIO, version: str, normalize: Any) -> None:
 def saved_version(path: str | Path | io.BufferedIOBase) -> str:
     """Return the version of this package that has saved a model; "0.1.0 or before" if the file does not tell."""
     with zipfile.ZipFile(_find(path)) as archive:
-        return archive.read(_VERSION).decode() if _VERSION in archive.namelist() else "0.1.0 or before"
+        return archive.read(_VERSION).decode() if _VERSION in archive.namelist() else _BEFORE
+
+
+def old_policy_kwargs(path: str | Path | io.BufferedIOBase, custom_objects: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the ``policy_kwargs`` with which this version builds the LSTM policy of an old model; None for other models."""
+    if saved_version(path) != _BEFORE:
+        return None
+    data, _, _ = load_from_zip_file(path, custom_objects=custom_objects)
+    assert data is not None
+    return _OLD_POLICY_KWARGS | data["policy_kwargs"] if issubclass(data["policy_class"], LstmActorCriticPolicy) else None
 
 
 def read_statistics(path: str | Path | io.BufferedIOBase) -> Any:

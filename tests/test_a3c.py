@@ -151,7 +151,7 @@ def test_evaluate_and_predict_as_with_recurrent_ppo() -> None:
         action, state = model.predict(obs, state=state, episode_start=starts, deterministic=True)
         obs, _, starts, _ = env.step(action)
     assert state is not None
-    assert state[0].shape == (1, 4, 256)
+    assert state[0].shape == (1, 4, 64)
 
 
 # --- what is left behind ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +55,24 @@ def test_training_continues(name: str) -> None:
     assert not any(th.equal(old, new) for old, new in zip(before, model.policy.parameters(), strict=True))
 
 
-def test_an_old_value_head_keeps_its_units(tmp_path: Path) -> None:
-    """0.1.0 did not normalize values: its heads have learned them as they are, and go on so."""
+def test_old_defaults_stay(tmp_path: Path) -> None:
+    """0.1.0 had other defaults: its models keep them, also when they are saved again."""
     model = A3C.load(DATA / "a3c_0_1_0_mlp_lstm.zip", env=make_env("mlp_lstm"), n_workers=0)
     model.learn(300).save(tmp_path / "model")
-    normalizer = A3C.load(tmp_path / "model").policy.value_normalizer
-    assert normalizer.mean_and_scale == model.policy.value_normalizer.mean_and_scale == (0, 1)  # type: ignore[union-attr]
+    again = A3C.load(tmp_path / "model")
+    assert again.policy_kwargs == model.policy_kwargs
+    assert again.policy.value_normalizer is None
+    assert (again.policy.net_arch, again.policy.value_net.in_features) == ([], again.policy.lstm_hidden_size)
+    for before, after in zip(model.policy.parameters(), again.policy.parameters(), strict=True):
+        th.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_old_feed_forward_models_load(tmp_path: Path) -> None:
+    A3C("MlpPolicy", make_env("mlp_lstm")).save(tmp_path / "model.zip")
+    with zipfile.ZipFile(tmp_path / "model.zip") as new, zipfile.ZipFile(tmp_path / "old.zip", "w") as old:
+        for name in set(new.namelist()) - {"_sb3_a3c_version"}:
+            old.writestr(name, new.read(name))
+    assert A3C.load(tmp_path / "old.zip").policy_kwargs == {}
 
 
 IMPORTS = """

@@ -40,8 +40,9 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     shared. Shapes of the methods' parameters: ``obs`` (n_envs, …), ``state`` before the step, each part
     (n_lstm_layers, n_envs, lstm_hidden_size), and ``episode_starts`` (n_envs,), bool; where True the state is zeroed first.
 
-    :param net_arch: layers between the LSTM and the heads; default: none, the heads are linear
-    :param lstm_hidden_size: number of hidden units of each LSTM layer
+    :param net_arch: layers between the LSTM and the heads. None: one of 64 units for actor and critic each; in
+        ``CnnLstmPolicy`` none, the heads are linear
+    :param lstm_hidden_size: number of hidden units of each LSTM layer. None: 64; in ``CnnLstmPolicy`` 256
     :param n_lstm_layers: number of LSTM layers
     :param shared_lstm: True, the default unless ``enable_critic_lstm`` is given: one LSTM for actor and critic
     :param enable_critic_lstm: False without ``shared_lstm=True``: the critic has no memory, but a linear layer of
@@ -56,7 +57,10 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
 
     #: The features extractor of this class unless another one is given.
     default_features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor
-    #: ``normalize_values`` of this class unless it is given.
+    # The arguments of these names unless they are given. In CartPole with hidden velocities, at a learning rate of 1e-3, a
+    # larger LSTM collapses to one action, and without layers behind it policies learn later.
+    default_net_arch: tuple[int, ...] = (64,)
+    default_lstm_hidden_size = 64
     default_normalize_values = True
 
     def __init__(
@@ -66,7 +70,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
         *args: Any,
-        lstm_hidden_size: int = 256,
+        lstm_hidden_size: int | None = None,
         n_lstm_layers: int = 1,
         shared_lstm: bool | None = None,
         enable_critic_lstm: bool | None = None,
@@ -77,7 +81,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     ) -> None:
         self.channels_last = channels_last
         self.normalize_values = self.default_normalize_values if normalize_values is None else normalize_values
-        self.lstm_hidden_size = lstm_hidden_size
+        self.lstm_hidden_size = self.default_lstm_hidden_size if lstm_hidden_size is None else lstm_hidden_size
         self.n_lstm_layers = n_lstm_layers
         self.shared_lstm, self.enable_critic_lstm = shared_lstm, enable_critic_lstm
         self.lstm_kwargs = lstm_kwargs or {}
@@ -85,7 +89,8 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         if errors := impossible({**kwargs, **own}):
             raise ValueError(" ".join(errors))
         kwargs.setdefault("features_extractor_class", self.default_features_extractor_class)
-        super().__init__(observation_space, action_space, lr_schedule, net_arch or [], *args, **kwargs)
+        net_arch = list(self.default_net_arch) if net_arch is None else net_arch
+        super().__init__(observation_space, action_space, lr_schedule, net_arch, *args, **kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -124,13 +129,6 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
             for weight in self.features_extractor.parameters():
                 if weight.dim() == 4:  # only now: ortho_init needs contiguous weights
                     weight.data = weight.data.clone(memory_format=th.channels_last)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        statistics = prefix + "value_normalizer.statistics"
-        if self.state_dict(prefix=prefix).keys() - state_dict.keys() == {statistics}:
-            # a policy from before there were statistics: its head has learned values in the units of the rewards
-            state_dict[statistics] = th.full((3,), th.nan)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def initial_state(self, n_envs: int) -> LstmState:
         """Zeros, as at the start of an episode."""
@@ -318,9 +316,14 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
 
 
 class LstmActorCriticCnnPolicy(LstmActorCriticPolicy):
-    """As :class:`LstmActorCriticPolicy`, for images: :class:`BabyCNN` before the LSTM. Alias: ``CnnLstmPolicy``."""
+    """
+    As :class:`LstmActorCriticPolicy`, for images, with baby-a3c's network: :class:`BabyCNN`, an LSTM of 256 units, linear
+    heads. Alias: ``CnnLstmPolicy``.
+    """
 
     default_features_extractor_class = BabyCNN
+    default_net_arch = ()
+    default_lstm_hidden_size = 256
     default_normalize_values = False
 
 

@@ -23,7 +23,7 @@ class ValueNormalizer(nn.Module):
     The statistics are a module buffer, so the store shares them.
     """
 
-    #: (3,), decayed sums, over updates, of the mean target, of the mean squared target, and of 1. NaN: mean 0 and scale 1
+    #: (3,), decayed sums, over updates, of the mean target, of the mean squared target, and of 1
     statistics: th.Tensor
 
     def __init__(self) -> None:

@@ -414,6 +414,16 @@ def test_default_network_is_that_of_baby_a3c() -> None:
     assert sorted(map(id, optimized)) == sorted(map(id, policy.parameters()))
 
 
+@pytest.mark.parametrize("cls", [MlpLstmPolicy, MultiInputLstmPolicy])
+def test_default_network_of_other_observations(cls: type[MlpLstmPolicy]) -> None:
+    policy = cls(spaces.Dict({"v": VECTOR}) if cls is MultiInputLstmPolicy else VECTOR, CHOICE, lambda _: 1e-4)
+    assert (policy.lstm.hidden_size, policy.net_arch) == (64, [64])
+    assert policy.value_normalizer is not None
+    # LSTM with its two biases, a layer for each head, heads
+    n_parameters = sum(parameter.numel() for parameter in policy.parameters())
+    assert n_parameters == 4 * 64 * (3 + 64 + 2) + 2 * 65 * 64 + 65 * 4 + 65
+
+
 @pytest.mark.parametrize("kind", ["cnn", "multi"])
 def test_channels_last_changes_only_the_memory_order(kind: str) -> None:
     policies = make(kind), make(kind, channels_last=False)  # the first by default
@@ -446,7 +456,7 @@ def test_net_arch_adds_layers_between_lstm_and_heads(net_arch: Any) -> None:
     if isinstance(net_arch, dict):
         widths = tuple((net_arch.get(head) or [HIDDEN])[-1] for head in ("pi", "vf"))
     else:
-        widths = ((net_arch or [HIDDEN])[-1],) * 2
+        widths = (64 if net_arch is None else (net_arch or [HIDDEN])[-1],) * 2
     assert (linear(policy.action_net).in_features, linear(policy.value_net).in_features) == widths
     assert (policy.mlp_extractor.latent_dim_pi, policy.mlp_extractor.latent_dim_vf) == widths
     obs, state = as_tensor(flat(sample_obs(VECTOR, N_STEPS, N_ENVS))), random_state(policy)
