@@ -12,6 +12,7 @@ not given is as in ``train_atari.py``. Timesteps are decisions of the agent; the
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch as th
 from measuring import Clock
@@ -23,20 +24,41 @@ from sb3_a3c import A3C
 from sb3_a3c.atari import make_ale_vec_env
 
 ENV = "PongNoFrameskip-v4"
-SEARCHED = ("n_envs", "n_steps", "envs_per_update", "learning_rate", "anneal", "rms_prop", "bfloat16", "seed")
+SEARCHED = (
+    "n_envs",
+    "n_steps",
+    "envs_per_update",
+    "learning_rate",
+    "anneal",
+    "gae_lambda",
+    "ent_coef",
+    "max_grad_norm",
+    "beta1",
+    "rms_prop",
+    "bfloat16",
+    "seed",
+)
 
 
 def new_model(settings: argparse.Namespace, env: VecEnv) -> A3C:
     """Untrained."""
     rate = settings.learning_rate
+    policy_kwargs: dict[str, Any] = {}
+    if settings.bfloat16:
+        policy_kwargs["features_extractor_kwargs"] = dict(dtype=th.bfloat16)
+    if settings.beta1 != 0.9:
+        policy_kwargs["optimizer_kwargs"] = dict(betas=(settings.beta1, 0.999))
     return A3C(
         "CnnLstmPolicy",
         env,
         learning_rate=(lambda progress: rate * progress) if settings.anneal else rate,
         n_steps=settings.n_steps,
+        gae_lambda=settings.gae_lambda,
+        ent_coef=settings.ent_coef,
+        max_grad_norm=settings.max_grad_norm,
         envs_per_update=settings.envs_per_update,
         use_rms_prop=settings.rms_prop,
-        policy_kwargs=dict(features_extractor_kwargs=dict(dtype=th.bfloat16)) if settings.bfloat16 else None,
+        policy_kwargs=policy_kwargs,
         seed=settings.seed,
     )
 
@@ -67,6 +89,10 @@ def main() -> None:
     parser.add_argument("--envs-per-update", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--anneal", action="store_true", help="let the learning rate fall linearly to 0")
+    parser.add_argument("--gae-lambda", type=float, default=1.0)
+    parser.add_argument("--ent-coef", type=float, default=0.01)
+    parser.add_argument("--max-grad-norm", type=float, default=40.0)
+    parser.add_argument("--beta1", type=float, default=0.9, help="of Adam")
     parser.add_argument("--rms-prop", action="store_true", help="instead of Adam")
     parser.add_argument("--bfloat16", action="store_true", help="convolutions in lower precision")
     parser.add_argument("--timesteps", type=int, default=2_000_000)
