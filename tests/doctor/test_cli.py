@@ -74,7 +74,7 @@ def raise_died(*_: Any) -> None:
 @pytest.mark.parametrize(
     ("function", "replacement", "problem", "last"),
     [
-        ("free_shared_memory", lambda: 2**20, "shared memory", "others"),
+        ("free_shared_memory", lambda: 2**10, "shared memory", "others"),
         ("train", raise_died, "training", "training"),
     ],
 )
