@@ -13,8 +13,11 @@ lint:
 type:
 	mypy
 
+docs:
+	python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 format:
 	ruff check --fix .
 	ruff format .
 
-.PHONY: test faults lint type format
+.PHONY: test faults lint type docs format

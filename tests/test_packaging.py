@@ -9,13 +9,16 @@ import tarfile
 from pathlib import Path
 
 CHECKOUT = Path(__file__).parent.parent
-FOLDERS = ["sb3_a3c", "examples", "tests", ".ci"]
+FOLDERS = ["sb3_a3c", "docs", "examples", "tests", ".ci", ".github"]
 FILES = [
+    ".readthedocs.yaml",
     "CHANGELOG.md",
     "CITATION.cff",
+    "CONTRIBUTING.md",
     "LICENSE",
     "Makefile",
     "README.md",
+    "conftest.py",
     "constraints.txt",
     "pyproject.toml",
     "setup.cfg",
@@ -26,7 +29,7 @@ def test_source_distribution(tmp_path: Path) -> None:
     """Made from a copy, as setuptools writes into the checkout."""
     copy = tmp_path / "copy"
     for folder in FOLDERS:
-        shutil.copytree(CHECKOUT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(CHECKOUT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "_build"))
     for name in [*FILES, "MANIFEST.in"]:
         shutil.copy(CHECKOUT / name, copy)
     expected = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
@@ -51,5 +54,5 @@ def test_extras_and_versions() -> None:
 
 
 def test_nothing_is_installed_by_a_name_that_is_not_published() -> None:
-    for path in [*(CHECKOUT / "sb3_a3c").rglob("*.py"), CHECKOUT / "README.md"]:
+    for path in [*(CHECKOUT / "sb3_a3c").rglob("*.py"), *CHECKOUT.glob("*.md"), *CHECKOUT.glob("docs/*.md")]:
         assert not re.search(r"pip install[^\n]*\bsb3[-_]a3c\b", path.read_text()), path

@@ -18,8 +18,6 @@ from sb3_a3c.policies.sampling import to_env_actions
 from tests.policies.test_lstm_policies import KINDS, VECTOR, make, sample_obs
 from tests.toy_envs import Countdown
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-
 #: The LSTM policies of KINDS, and what else their step depends on.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{kind: (kind, {}) for kind in KINDS},
@@ -34,16 +32,16 @@ def trace(module: th.nn.Module, example: tuple[Any, ...]) -> Callable[..., Any]:
     return th.jit.trace(module, example)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def example_in_readme() -> str:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (code,) = re.findall(r"^```python\n((?:(?!```).)*class OnnxablePolicy.*?)^```", readme, re.DOTALL | re.MULTILINE)
+def documented_example() -> str:
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    (code,) = re.findall(r"^```python\n((?:(?!```).)*class OnnxablePolicy.*?)^```", page, re.DOTALL | re.MULTILINE)
     return str(code)
 
 
 def one_step(policy: LstmActorCriticPolicy) -> th.nn.Module:
-    """README's module."""
+    """The documentation's module."""
     names: dict[str, Any] = {}
-    exec(example_in_readme().partition("\none_step = ")[0], names)
+    exec(documented_example().partition("\nmodel = ")[0], names)
     return names["OnnxablePolicy"](policy).eval()  # type: ignore[no-any-return]
 
 
@@ -143,10 +141,10 @@ def test_onnx(kind: str, n_envs: int, tmp_path: Path) -> None:
     assert_predicts(run, policy, n_envs, tolerance=1e-4)
 
 
-def test_example_in_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = A3C("MlpLstmPolicy", Countdown(), n_workers=0).learn(40)
-    exec(example_in_readme(), {"model": model})
+    exec(documented_example().replace("\nmodel = ", "\n_ = "), {"model": model})
     assert_predicts(th.jit.load("model.pt"), model.policy, n_envs=2)  # type: ignore[arg-type, no-untyped-call]
 
 
