@@ -8,15 +8,13 @@ from sphinx.writers.html5 import HTML5Translator
 from sb3_a3c import __version__
 
 project = "sb3_a3c"
-author = "The sb3_a3c developers"
+author = project_copyright = "The sb3_a3c developers"
 release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
-# the changelog's headings repeat, and CONTRIBUTING.md, which a page includes, has links for readers of the checkout
-suppress_warnings = ["myst.header"]
 
 autodoc_typehints = "none"  # signatures of A2C's length are hard to read with types; `:param:` says what to pass
 autodoc_member_order = "bysource"
@@ -30,7 +28,8 @@ def visit_math(translator: HTML5Translator, node: nodes.math | nodes.math_block)
     """Write formulas as MathML, which browsers render without scripts of a CDN."""
     is_block = isinstance(node, nodes.math_block)
     mathml = tex2mathml(node.astext(), as_block=is_block)
-    translator.body.append(f'<div class="math-block">{mathml}</div>' if is_block else mathml)
+    # on a phone, long formulas scroll
+    translator.body.append(f'<div style="margin: 1em 0; overflow-x: auto">{mathml}</div>' if is_block else mathml)
     raise nodes.SkipNode
 
 
