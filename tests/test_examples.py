@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
@@ -185,3 +186,24 @@ def test_train_atari_records_gifs(tmp_path: Path) -> None:
 def test_train_atari_without_a_model(run: Callable[..., str]) -> None:
     with pytest.raises(SystemExit, match="train one first"):
         run("train_atari", "--play")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_results_are_reproduced_quickly(tmp_path: Path) -> None:
+    """Every row for a moment: curves, evaluations and pictures are there, and those of the project are left alone."""
+    script = EXAMPLES / "results" / "reproduce.py"
+    before = {path: path.stat().st_mtime for path in script.parent.rglob("*")}
+    subprocess.run([sys.executable, str(script), "all", "--quick"], cwd=tmp_path, check=True, timeout=1000)
+    assert {path: path.stat().st_mtime for path in script.parent.rglob("*")} == before
+    quick = tmp_path / "logs" / "quick"
+    evaluations = [pd.read_csv(path) for path in quick.glob("*/evaluations.csv")]
+    assert sum(map(len, evaluations)) == 2 * 12
+    for table in evaluations:
+        assert set(table["actions"]) == {"sampled", "most probable"}
+        assert (table["timesteps"] >= 2000).all()
+    assert len(list(quick.glob("*/curves.png"))) == len(evaluations)
+    curve = pd.read_csv(quick / "cartpole-v1" / "a3c_seed1.csv")
+    assert curve["timesteps"].is_monotonic_increasing
+    assert curve["timesteps"].iloc[-1] == pytest.approx(2000, abs=300)
+    assert curve["return"].between(9, 200).all()

@@ -1,0 +1,79 @@
+"""
+A task that takes a memory: a cue is shown once, and asked for 40 steps later, beyond a rollout of 20.
+
+    python examples/results/recall.py [--timesteps 200000] [--seeds 1 2 3]
+
+Trains A3C with and without an LSTM, A2C and PPO. ``examples/results/recall/evaluations.csv`` gets the share of right answers
+in 200 episodes with the most probable actions. Without a memory it can't be above chance, 0.5.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+from gymnasium import spaces
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_a3c import A3C
+
+N_STEPS, DELAY = 20, 40
+
+
+class Recall(gym.Env[Any, Any]):
+    """Shows a cue, then a delay, then asks for the cue. The reward is 1 for the right answer, -1 for the wrong one."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+    render_mode = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.cue = int(self.np_random.integers(2))
+        self.t = 0
+        return np.array([2 * self.cue - 1, 0], dtype=np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.t += 1
+        answered = self.t == DELAY + 2  # the previous observation asked
+        reward = (1.0 if action == self.cue else -1.0) if answered else 0.0
+        asked = self.t == DELAY + 1
+        return np.array([0, asked], dtype=np.float32), reward, answered, False, {}
+
+
+def new_model(algo: str, env: VecEnv, seed: int) -> BaseAlgorithm:
+    """Untrained; what is not given is the default."""
+    if algo.startswith("A3C"):
+        policy = "MlpLstmPolicy" if "LSTM" in algo else "MlpPolicy"
+        return A3C(policy, env, learning_rate=1e-3, n_steps=N_STEPS, n_workers=2, seed=seed)
+    return A2C("MlpPolicy", env, n_steps=N_STEPS, seed=seed) if algo == "A2C" else PPO("MlpPolicy", env, seed=seed)
+
+
+def main() -> None:
+    """Train all, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--timesteps", type=int, default=200_000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "recall")
+    args = parser.parse_args()
+    lines = []
+    for algo in ("A3C with an LSTM", "A3C", "A2C", "PPO"):
+        for seed in args.seeds:
+            model = new_model(algo, make_vec_env(Recall, 16), seed).learn(args.timesteps)
+            env = make_vec_env(Recall, 4, seed=1000 + seed)
+            returns, _ = evaluate_policy(model, env, n_eval_episodes=200, return_episode_rewards=True)
+            right = float(np.mean(np.array(returns) > 0))
+            lines.append({"algo": algo, "seed": seed, "timesteps": model.num_timesteps, "right": right})
+            print(lines[-1], flush=True)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(lines).to_csv(args.folder / "evaluations.csv", index=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""
+The rows of the table of results: one command trains, evaluates and draws a row.
+
+    python examples/results/reproduce.py pong                           # seeds 1 to 5, 3M timesteps each: hours
+    python examples/results/reproduce.py pong --seeds 2 --minutes 100   # stops then; the same command goes on
+    python examples/results/reproduce.py pong --speed                   # one minute, on a machine that does nothing else
+    python examples/results/reproduce.py all --quick                    # every row for a moment, into logs/quick/
+
+RL Zoo trains (``sb3-a3c train``) with the settings of ``sb3_a3c/zoo/hyperparams/a3c.yml``, or with its own for A2C, PPO and
+RecurrentPPO; runs are in ``logs/results/``. ``examples/results/<environment>/`` gets the curve of each run (CSV), a picture
+of all curves, and two lines in ``evaluations.csv``: for sampled and for most probable actions (Atari: full games, unclipped
+rewards, no-op starts). Timesteps are decisions of the agent. Minutes in pictures are timesteps at the speed that
+``--speed`` has measured. Runs of A3C that are interrupted are resumed from the newest checkpoint; others begin again.
+"""
+
+import argparse
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rl_zoo3 import ALGOS
+from rl_zoo3.utils import create_test_env, get_saved_hyperparams
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+from sb3_a3c.resume import newest_model
+from sb3_a3c.zoo import register
+
+RESULTS = Path(__file__).parent
+#: RL Zoo's wrapper for evaluation, in place of that of training.
+FULL_GAMES = {"terminal_on_life_loss": False, "clip_reward": False}
+#: Timesteps of ``--quick``.
+QUICK = 2_000
+#: A pause between two lines of the log that is longer than this is one between two stages of a run.
+LONGEST_INTERVAL = 300.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: an algorithm in an environment."""
+
+    env_id: str
+    algo: str = "a3c"
+    seeds: tuple[int, ...] = (1, 2, 3)
+    n_timesteps: int | None = None  #: None: as in the file of hyperparameters
+
+    @property
+    def is_atari(self) -> bool:
+        return "NoFrameskip" in self.env_id
+
+    @property
+    def folder(self) -> Path:
+        """Where results are left; rows of one environment share it, and a picture."""
+        return RESULTS / self.env_id.removesuffix("NoFrameskip-v4").lower()
+
+
+PONG, BREAKOUT, INVADERS = (f"{game}NoFrameskip-v4" for game in ("Pong", "Breakout", "SpaceInvaders"))
+ROWS = {
+    "pong": Row(PONG, seeds=(1, 2, 3, 4, 5), n_timesteps=3_000_000),
+    "pong-a2c": Row(PONG, "a2c", seeds=(1,)),
+    "pong-ppo": Row(PONG, "ppo", seeds=(1,)),
+    "pong-recurrent-ppo": Row(PONG, "ppo_lstm", seeds=(1,)),
+    "breakout": Row(BREAKOUT, seeds=(1, 2), n_timesteps=10_000_000),
+    "space-invaders": Row(INVADERS, seeds=(1, 2), n_timesteps=10_000_000),
+    "cartpole": Row("CartPole-v1"),
+    "cartpole-no-velocities": Row("CartPoleNoVel-v1"),
+    "acrobot": Row("Acrobot-v1"),
+    "lunar-lander": Row("LunarLander-v3"),
+    "bipedal-walker": Row("BipedalWalker-v3"),
+    "pendulum-no-velocities": Row("PendulumNoVel-v1"),
+}
+
+
+class Run:
+    """One seed of a row, and its files in a folder of logs."""
+
+    def __init__(self, row: Row, seed: int, logs: Path) -> None:
+        self.row, self.seed = row, seed
+        self.folder = logs / f"{row.env_id}_{row.algo}_seed{seed}"
+
+    @property
+    def newest(self) -> Path:
+        """RL Zoo's folder of the latest stage."""
+        return max(
+            (self.folder / self.row.algo).glob(f"{self.row.env_id}_*"), key=lambda path: int(path.name.rpartition("_")[2])
+        )
+
+    @property
+    def is_trained(self) -> bool:
+        return (self.folder / "trained").exists()
+
+    def train(self, n_timesteps: int | None, minutes: float | None) -> None:
+        """Train from where the run was interrupted, at most for so long. Ctrl-C, too, leaves a model to resume from."""
+        command = [sys.executable, "-m", "sb3_a3c.zoo", "train", "--algo", self.row.algo, "--env", self.row.env_id]
+        command += ["--seed", str(self.seed), "--log-folder", str(self.folder), "--tensorboard-log", str(self.folder / "tb")]
+        command += ["--save-freq", "250000", "--eval-freq", "-1", "--log-interval", "1" if n_timesteps == QUICK else "10"]
+        if n_timesteps is not None:
+            command += ["--n-timesteps", str(n_timesteps)]
+        if self.row.algo == "a3c" and (checkpoint := newest_model(self.folder)) is not None:
+            command += ["--trained-agent", str(checkpoint)]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "commit").write_text(_commit())
+        process = subprocess.Popen(command, start_new_session=True)  # a terminal's Ctrl-C reaches this process only
+        try:
+            code = process.wait(None if minutes is None else 60 * minutes)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+            process.send_signal(signal.SIGINT)  # RL Zoo saves the model
+            process.wait()
+            if isinstance(reason, KeyboardInterrupt):
+                raise SystemExit(130) from None
+            return
+        if code != 0:
+            raise SystemExit(f"Training failed (exit status {code}): {' '.join(command)}")
+        (self.folder / "trained").touch()
+
+    def curve(self) -> pd.DataFrame:
+        """``timesteps``, ``seconds`` of training, without pauses between stages, and ``return`` of the last 100 episodes."""
+        events: list[Any] = []
+        for path in sorted((self.folder / "tb").rglob("events.out.tfevents.*")):
+            accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+            if "rollout/ep_rew_mean" in accumulator.Tags()["scalars"]:
+                events += accumulator.Scalars("rollout/ep_rew_mean")
+        curve = pd.DataFrame({"timesteps": [e.step for e in events], "time": [e.wall_time for e in events]})
+        curve["return"] = [e.value for e in events]
+        # a stage that was killed has logged more than its checkpoint knew: the stage after it counts
+        curve = curve.sort_values("time")
+        last = curve["timesteps"][::-1].cummin()[::-1]
+        curve = curve[curve["timesteps"] <= last].drop_duplicates("timesteps", keep="last")
+        passed = curve["time"].diff().fillna(0.0)
+        curve["seconds"] = passed.where(passed < LONGEST_INTERVAL, 0.0).cumsum()
+        return curve[["timesteps", "seconds", "return"]].reset_index(drop=True)
+
+    def speed(self) -> float:
+        """Timesteps per second, the median over the log."""
+        steps = self.curve()[["timesteps", "seconds"]].diff().iloc[1:]
+        return float((steps["timesteps"] / steps["seconds"]).median())
+
+    def evaluate(self, deterministic: bool, n_games: int) -> dict[str, Any]:
+        """Play with the final model: a line of ``evaluations.csv``."""
+        env = self._evaluation_env()
+        model = ALGOS[self.row.algo].load(self.newest / f"{self.row.env_id}.zip", device="cpu")
+        returns, _ = evaluate_policy(model, env, n_games, deterministic=deterministic, return_episode_rewards=True)
+        env.close()
+        series, curve = pd.Series(returns), self.curve()
+        return {
+            "algo": self.row.algo,
+            "seed": self.seed,
+            "actions": "most probable" if deterministic else "sampled",
+            "games": n_games,
+            "mean": round(series.mean(), 2),
+            "std": round(series.std(ddof=0), 2),
+            "timesteps": model.num_timesteps,
+            "hours": round(curve["seconds"].max() / 3600, 2),
+            "commit": (self.folder / "commit").read_text(),
+            "versions": " ".join(f"{name} {version(name)}" for name in ("torch", "stable-baselines3", "ale-py")),
+        }
+
+    def _evaluation_env(self) -> VecEnv:
+        hyperparams, stats_path = get_saved_hyperparams(str(self.newest / self.row.env_id), test_mode=True)
+        if self.row.is_atari:
+            hyperparams["env_wrapper"] = [{"stable_baselines3.common.atari_wrappers.AtariWrapper": FULL_GAMES}]
+        settings: dict[str, Any] = dict(seed=1000 + self.seed, should_render=False, vec_env_cls=DummyVecEnv)
+        return create_test_env(self.row.env_id, 4, stats_path, hyperparams=hyperparams, **settings)
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def update_csv(path: Path, new: list[dict[str, Any]], keys: list[str]) -> None:
+    """Add lines to a CSV file; they replace those with the same values of ``keys``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = [pd.read_csv(path)] if path.exists() else []
+    table = pd.concat([*old, pd.DataFrame(new)])
+    table.drop_duplicates(keys, keep="last").sort_values(keys).to_csv(path, index=False)
+
+
+def draw(folder: Path) -> None:
+    """Draw the curves of an environment against timesteps, and against minutes if the speeds are known."""
+    import matplotlib.pyplot as plt
+
+    path = folder / "speeds.csv"
+    speeds = pd.read_csv(path).set_index("algo")["steps/s"].to_dict() if path.exists() else {}
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    curves: dict[str, list[pd.DataFrame]] = {}
+    for path in sorted(folder.glob("*_seed*.csv")):
+        if len(curve := pd.read_csv(path)) > 1:  # --quick ends before the first game
+            curves.setdefault(path.stem.rpartition("_seed")[0], []).append(curve)
+    scales: list[Callable[[str], float | None]] = [lambda _: 1e6, lambda algo: speeds[algo] * 60 if algo in speeds else None]
+    for axis, scale, label in zip(axes, scales, ("million timesteps", "minutes on two cores"), strict=True):
+        for algo, seeds in curves.items():
+            if (unit := scale(algo)) is None:
+                continue
+            # at the same timesteps for all seeds, as far as the shortest run goes
+            grid = pd.Index(np.linspace(0, min(seed["timesteps"].max() for seed in seeds), 300))
+            returns = pd.concat([_at(seed, grid) for seed in seeds], axis=1)
+            (line,) = axis.plot(grid / unit, returns.mean(axis=1), label=f"{algo.upper()}, {len(seeds)} seed(s)")
+            axis.fill_between(grid / unit, returns.min(axis=1), returns.max(axis=1), color=line.get_color(), alpha=0.2)
+        axis.set_xlabel(label)
+    axes[0].set_ylabel("return, mean of 100 episodes")
+    if curves:
+        axes[0].legend()
+    figure.suptitle(f"{folder.name}: mean, least and greatest of the seeds")
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=100)
+    plt.close(figure)
+
+
+def _at(curve: pd.DataFrame, timesteps: pd.Index) -> pd.Series:
+    returns = curve.set_index("timesteps")["return"]
+    return returns.reindex(returns.index.union(timesteps)).interpolate("index", limit_area="inside").reindex(timesteps)
+
+
+def reproduce(name: str, args: argparse.Namespace) -> None:
+    """Train, evaluate and draw a row, as far as the time allows."""
+    row = ROWS[name]
+    logs, folder, n_timesteps = Path("logs/results"), row.folder, row.n_timesteps
+    if args.quick:
+        logs, folder, n_timesteps = Path("logs/quick"), Path("logs/quick") / row.folder.name, QUICK
+    for seed in args.seeds or (row.seeds[:1] if args.quick else row.seeds):
+        run = Run(row, seed, logs)
+        if not run.is_trained:
+            run.train(n_timesteps, args.minutes)
+        folder.mkdir(parents=True, exist_ok=True)
+        run.curve().to_csv(folder / f"{row.algo}_seed{seed}.csv", index=False, float_format="%.6g")
+        draw(folder)
+        if not run.is_trained and row.algo == "a3c":
+            print(f"{name}, seed {seed}: not yet trained to the end. The same command goes on.")
+            continue
+        n_games = 1 if args.quick else 20
+        lines = [run.evaluate(deterministic, n_games) for deterministic in (False, True)]
+        update_csv(folder / "evaluations.csv", lines, ["algo", "seed", "actions"])
+        print(pd.DataFrame(lines).to_string(index=False))
+
+
+def measure_speed(name: str) -> None:
+    """Train for a minute, and note the timesteps per second."""
+    row = ROWS[name]
+    run = Run(row, 1, Path("logs/speed"))
+    run.train(None, minutes=1)
+    print(f"{name}: {run.speed():.0f} steps/s")
+    update_csv(row.folder / "speeds.csv", [{"algo": row.algo, "steps/s": round(run.speed())}], ["algo"])
+
+
+def main() -> None:
+    """Reproduce one row, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("row", choices=[*ROWS, "all"])
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: all of the row")
+    parser.add_argument("--minutes", type=float, help="for each seed; then stop, to go on later")
+    parser.add_argument("--speed", action="store_true", help="only measure timesteps per second")
+    parser.add_argument("--quick", action="store_true", help="a moment of one seed, to see that all works")
+    args = parser.parse_args()
+    register()
+    for name in ROWS if args.row == "all" else [args.row]:
+        measure_speed(name) if args.speed else reproduce(name, args)
+
+
+if __name__ == "__main__":
+    main()
