@@ -30,6 +30,7 @@ SEARCHED = (
     "envs_per_update",
     "learning_rate",
     "anneal",
+    "warm_up",
     "gae_lambda",
     "ent_coef",
     "max_grad_norm",
@@ -42,7 +43,14 @@ SEARCHED = (
 
 def new_model(settings: argparse.Namespace, env: VecEnv) -> A3C:
     """Untrained."""
-    rate = settings.learning_rate
+
+    def learning_rate(progress_remaining: float) -> float:
+        """Rises over the first ``warm_up`` timesteps; with ``anneal`` it falls linearly to 0."""
+        done = (1.0 - progress_remaining) * settings.timesteps
+        rise = min(1.0, (done + 1) / (settings.warm_up + 1))
+        rate: float = settings.learning_rate * rise * (progress_remaining if settings.anneal else 1.0)
+        return rate
+
     policy_kwargs: dict[str, Any] = {}
     if settings.bfloat16:
         policy_kwargs["features_extractor_kwargs"] = dict(dtype=th.bfloat16)
@@ -51,7 +59,7 @@ def new_model(settings: argparse.Namespace, env: VecEnv) -> A3C:
     return A3C(
         "CnnLstmPolicy",
         env,
-        learning_rate=(lambda progress: rate * progress) if settings.anneal else rate,
+        learning_rate=learning_rate,
         n_steps=settings.n_steps,
         gae_lambda=settings.gae_lambda,
         ent_coef=settings.ent_coef,
@@ -89,6 +97,7 @@ def main() -> None:
     parser.add_argument("--envs-per-update", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--anneal", action="store_true", help="let the learning rate fall linearly to 0")
+    parser.add_argument("--warm-up", type=int, default=0, help="let the learning rate rise over so many timesteps")
     parser.add_argument("--gae-lambda", type=float, default=1.0)
     parser.add_argument("--ent-coef", type=float, default=0.01)
     parser.add_argument("--max-grad-norm", type=float, default=40.0)

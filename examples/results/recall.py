@@ -14,6 +14,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pandas as pd
+import torch as th
 from gymnasium import spaces
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "recall")
     args = parser.parse_args()
+    th.set_num_threads(1)  # the networks are too small for more
     lines = []
     for algo in ("A3C with an LSTM", "A3C", "A2C", "PPO"):
         for seed in args.seeds:

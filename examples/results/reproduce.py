@@ -260,6 +260,7 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true", help="only measure timesteps per second")
     parser.add_argument("--quick", action="store_true", help="a moment of one seed, to see that all works")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background; --minutes needs it
     register()
     for name in ROWS if args.row == "all" else [args.row]:
         measure_speed(name) if args.speed else reproduce(name, args)
