@@ -4,10 +4,17 @@ an implementation.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
+
+#: Tensors on their way to another host, whose store has the same layout. Only stores look inside.
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+#: Counters of some workers, one row each.
+Rows: TypeAlias = npt.NDArray[np.int64]
 
 
 class Replica(Protocol):
@@ -87,3 +94,45 @@ class ParameterStore(Protocol):
 
     def close(self) -> None:
         """Free the memory. Replicas and copies that were fetched stay usable."""
+
+
+class MergeableStore(ParameterStore, Protocol):
+    """
+    A store that can take in what another one has learned, for training on several hosts. Its *values* are the parameters
+    and module buffers. All methods may be called while workers push.
+    """
+
+    def values(self, known: Bytes | None = None) -> Bytes:
+        """
+        A copy of the values.
+
+        :param known: earlier values, to be taken where a parameter is NaN or infinite: a worker is about to undo its step
+        """
+
+    def set_values(self, values: Bytes) -> None:
+        """Replace the values."""
+
+    def add(self, values: Bytes, known: Bytes) -> None:
+        """Add ``values - known`` to the parameters, and take over the module buffers that differ between the two."""
+
+    def state(self) -> Bytes:
+        """A copy of the optimizer's state."""
+
+    def set_state(self, state: Bytes) -> None:
+        """Replace the optimizer's state."""
+
+    def merge_states(self, states: Sequence[tuple[int, Bytes, Bytes]]) -> None:
+        """
+        Replace the optimizer's state by the mean of several; their step counts add up.
+
+        :param states: for each host the weight of its state, the state that it began with and the one that it has now
+        """
+
+    def rows(self, workers: Sequence[int]) -> Rows:
+        """A copy of the counters of these workers."""
+
+    def set_rows(self, workers: Sequence[int], rows: Rows) -> None:
+        """Replace the counters of these workers, which push to another store."""
+
+    def updates(self, workers: Sequence[int]) -> int:
+        """Pushes by these workers so far."""

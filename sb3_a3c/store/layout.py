@@ -1,9 +1,11 @@
 """
 What lies where in the one flat buffer that a store and its replicas share, so that a process maps it with one descriptor::
 
-    parameters │ counters │ module buffers │ optimizer state
-    ◄─ a pull ─►  one row
-     is one copy  a worker
+    parameters │ module buffers │ counters │ optimizer state
+    ◄─ a pull ─►                │ one row
+     is one copy                │ a worker
+    ◄─ the values that hosts ───►           ◄─ merged for ───►
+        send to each other                     a save
 
 Every tensor has the strides of the parameter it belongs to. torch's fused CPU optimizers take parameter, gradient and
 moments for the same order in memory without looking, and a convolution in ``channels_last`` never learns if they differ.
@@ -44,9 +46,10 @@ class Slot:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
-    def view(self, flat: th.Tensor) -> th.Tensor:
+    def view(self, flat: th.Tensor, start: int = 0) -> th.Tensor:
+        """The tensor; ``flat`` is the buffer from byte ``start`` on."""
         n_bytes = math.prod(self.shape) * self.dtype.itemsize
-        return flat[self.offset : self.offset + n_bytes].view(self.dtype).as_strided(self.shape, self.stride)
+        return flat[self.offset - start : self.offset - start + n_bytes].view(self.dtype).as_strided(self.shape, self.stride)
 
 
 class Layout:
@@ -57,8 +60,10 @@ class Layout:
         parameters = list(policy.parameters())
         self.parameters = [self._place_like(parameter) for parameter in parameters]
         self.pull_bytes = self.n_bytes  #: a pull copies these first bytes
-        self._counters = self._place((n_workers, len(Counter)), (len(Counter), 1), th.int64)
         self.buffers = [self._place_like(buffer) for buffer in policy.buffers()]
+        self.values_bytes = self.n_bytes  #: parameters and module buffers are these first bytes
+        self._counters = self._place((n_workers, len(Counter)), (len(Counter), 1), th.int64)
+        self.state_start = self.n_bytes  #: the optimizer's state is all bytes from here on
         self.state: list[dict[str, Slot]] = []  #: for each parameter
         self._state_numbers: list[dict[str, Any]] = []  # what an optimizer keeps outside tensors, such as a step count
         for parameter, values in zip(parameters, state, strict=True):

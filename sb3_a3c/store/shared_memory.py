@@ -6,6 +6,7 @@ Workers apply their gradients to them without a lock: Hogwild (Recht et al. 2011
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_a3c.store.base import Bytes, Rows
 from sb3_a3c.store.finite import all_finite, check_finite
 from sb3_a3c.store.layout import LEFT, Counter, Layout
 from sb3_a3c.store.optimizer_state import check_optimizer, check_parameters, initial_state
@@ -24,7 +26,7 @@ NO_GOAL = 2**62
 
 class SharedMemoryStore:
     """
-    A :class:`~sb3_a3c.store.base.ParameterStore` for the processes of one machine. Picklable as an argument of a starting
+    A :class:`~sb3_a3c.store.base.MergeableStore` for the processes of one machine. Picklable as an argument of a starting
     process, which then maps the same memory. The policy that it is made from keeps its own parameters.
 
     :param total_steps: transitions after which ``reserve`` grants no more
@@ -97,6 +99,71 @@ class SharedMemoryStore:
 
     def close(self) -> None:
         self._flat = th.empty(0, dtype=th.uint8)
+
+    def values(self, known: Bytes | None = None) -> Bytes:
+        values = self._flat[: self._layout.values_bytes].clone()
+        if known is not None:
+            for slot in self._layout.parameters:
+                value, earlier = slot.view(values), slot.view(th.from_numpy(known))
+                if not all_finite([value]):
+                    value.copy_(th.where(value.isfinite(), value, earlier))
+        as_bytes: Bytes = values.numpy()
+        return as_bytes
+
+    def set_values(self, values: Bytes) -> None:
+        self._flat[: self._layout.values_bytes].copy_(th.from_numpy(values))
+
+    def add(self, values: Bytes, known: Bytes) -> None:
+        # Workers push meanwhile, without a lock. Where a worker and this addition read the same number before either has
+        # written it, one of the two writes is lost, as between two workers. If that is the worker's, the other hosts never
+        # see this step. If it is this one, the next values of this store lack it, so the others take it back: it is lost
+        # everywhere, and the stores still agree.
+        flats = self._flat, th.from_numpy(values), th.from_numpy(known)
+        for slot in self._layout.parameters:
+            shared, new, old = (slot.view(flat) for flat in flats)
+            if slot.dtype.is_floating_point:
+                shared.add_((new - old).nan_to_num_(0.0, 0.0, 0.0))  # a frozen parameter may be infinite
+            elif not th.equal(new, old):
+                shared.copy_(new)
+        for slot in self._layout.buffers:  # the last writer wins: to add up running means would not converge
+            shared, new, old = (slot.view(flat) for flat in flats)
+            if not th.equal(new, old):
+                shared.copy_(new)
+
+    def state(self) -> Bytes:
+        as_bytes: Bytes = self._flat[self._layout.state_start :].clone().numpy()
+        return as_bytes
+
+    def set_state(self, state: Bytes) -> None:
+        self._flat[self._layout.state_start :].copy_(th.from_numpy(state))
+
+    def merge_states(self, states: Sequence[tuple[int, Bytes, Bytes]]) -> None:
+        # To add up the changes of moments, as those of parameters, would diverge: each of H hosts forgets the moments that
+        # it began with, so the sum would hold these with the factor 1 - H.
+        merged, total = self.state(), 0
+        for weight, *began_and_now in states:
+            if weight == 0:
+                continue
+            total += weight
+            flats = [th.from_numpy(state) for state in (merged, *began_and_now)]
+            for key, slot in ((key, slot) for slots in self._layout.state for key, slot in slots.items()):
+                mean, began, now = (slot.view(flat, self._layout.state_start) for flat in flats)
+                if key == "step":
+                    mean.add_(now - began)
+                elif weight == total:  # the first: exact, so that one host alone is
+                    mean.copy_(now)
+                elif slot.dtype.is_floating_point:
+                    mean.lerp_(now, weight / total)  # never leaves the range of the two: a squared moment is not negative
+        self.set_state(merged)
+
+    def rows(self, workers: Sequence[int]) -> Rows:
+        return self._counters[list(workers)]
+
+    def set_rows(self, workers: Sequence[int], rows: Rows) -> None:
+        self._counters[list(workers)] = rows
+
+    def updates(self, workers: Sequence[int]) -> int:
+        return int(self._counters[list(workers), Counter.UPDATES].sum())
 
     @property
     def _counters(self) -> npt.NDArray[np.int64]:

@@ -16,7 +16,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 
 from sb3_a3c.policies.pickling import dump_policy
-from sb3_a3c.store.base import ParameterStore
+from sb3_a3c.store.base import MergeableStore, ParameterStore
 from sb3_a3c.store.shared_memory import NO_GOAL, SharedMemoryStore
 from tests.store.small_policy import assert_equal, cnn, copied, make_policy, random_gradients, set_gradients
 
@@ -27,16 +27,31 @@ class MakeStore(Protocol):
     ) -> ParameterStore: ...
 
 
-#: Add a factory here to put another implementation under test.
+class MakeMergeable(Protocol):
+    def __call__(self, policy: ActorCriticPolicy, n_workers: int) -> MergeableStore: ...
+
+
+#: Add a factory here to put another implementation under test, and another below if it may be the store of a host.
 STORES: dict[str, MakeStore] = {"shared memory": SharedMemoryStore}
+MERGEABLE: dict[str, MakeMergeable] = {"shared memory": SharedMemoryStore}
 
 
 @pytest.fixture(params=STORES)
 def make_store(request: pytest.FixtureRequest) -> Iterator[MakeStore]:
+    yield from _closing(STORES[request.param])
+
+
+@pytest.fixture(params=MERGEABLE)
+def make_mergeable(request: pytest.FixtureRequest) -> Iterator[MakeMergeable]:
+    yield from _closing(MERGEABLE[request.param])
+
+
+def _closing(factory: Any) -> Iterator[Any]:
+    """The factory; at the end what it has made is closed."""
     made: list[ParameterStore] = []
 
-    def make(*args: Any, **kwargs: Any) -> ParameterStore:
-        made.append(STORES[request.param](*args, **kwargs))
+    def make(*args: Any, **kwargs: Any) -> Any:
+        made.append(factory(*args, **kwargs))
         return made[-1]
 
     yield make
@@ -428,3 +443,159 @@ def test_what_was_fetched_stays_when_the_store_is_closed(make_store: MakeStore) 
     store.close()
     assert_equal(policy, worker_policy, 0.0)
     assert all(float(state["step"]) == 1 for state in policy.optimizer.state.values())
+
+
+def policy_with_all_kinds_of_tensors() -> ActorCriticPolicy:
+    """Of two precisions, of integers, frozen and infinite, and module buffers."""
+    policy = make_policy(channels_last=True)
+    policy.value_net.double()
+    policy.action_net.bfloat16()
+    policy.register_parameter("mask", th.nn.Parameter(th.tensor([0.0, -math.inf]), requires_grad=False))
+    policy.register_parameter("table", th.nn.Parameter(th.tensor([3, 2**60 + 1]), requires_grad=False))
+    cnn(policy).append(th.nn.BatchNorm1d(int(policy.features_dim), affine=False))
+    policy.optimizer = th.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1.0)
+    return policy
+
+
+def moved(policy: ActorCriticPolicy, distance: float) -> ActorCriticPolicy:
+    policy = copied(policy)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data += distance
+    return policy
+
+
+def fetched(store: ParameterStore, policy: ActorCriticPolicy) -> ActorCriticPolicy:
+    policy = copied(policy)
+    for tensor in (*policy.parameters(), *policy.buffers()):
+        tensor.data.zero_()
+    store.fetch_policy(policy)
+    store.fetch_optimizer(policy)
+    return policy
+
+
+def assert_identical(actual: ActorCriticPolicy, expected: ActorCriticPolicy) -> None:
+    """Parameters, module buffers and optimizer state are the same to the bit, and in the same order in memory."""
+    for (name, a), b in zip(actual.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert th.equal(a, b) and a.stride() == b.stride(), name
+    assert_states_identical(actual, expected)
+
+
+def assert_states_identical(actual: ActorCriticPolicy, expected: ActorCriticPolicy) -> None:
+    for mine, theirs in zip(actual.parameters(), expected.parameters(), strict=True):
+        a, b = (policy.optimizer.state.get(p, {}) for policy, p in ((actual, mine), (expected, theirs)))
+        assert a.keys() == b.keys()
+        assert all(th.equal(a[key], b[key]) for key in a if isinstance(a[key], th.Tensor))
+
+
+def test_values_travel_to_another_store(make_mergeable: MakeMergeable) -> None:
+    policy = policy_with_all_kinds_of_tensors()
+    source, target = make_mergeable(policy, 1), make_mergeable(moved(policy, 1.0), 1)
+    cnn(policy)[-1].running_mean.fill_(3.0)
+    source.load_policy(policy)
+    values = source.values()
+    source.load_policy(moved(policy, 2.0))  # values are a copy
+    target.set_values(values)
+    assert_identical(fetched(target, policy), policy)
+
+
+def test_the_difference_of_values_is_added(make_mergeable: MakeMergeable) -> None:
+    policy = policy_with_all_kinds_of_tensors()
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(th.randint(-64, 64, parameter.shape) / 8)  # so that sums are exact
+    sender, store = make_mergeable(policy, 1), make_mergeable(moved(policy, 2.0), 1)
+    known = sender.values()
+    sender.load_policy(changed := moved(policy, 0.5))
+    store.add(sender.values(), known)
+    assert_identical(fetched(store, policy), moved(policy, 2.5))
+    # what can't be added is replaced where it has changed
+    for each in (policy, changed):
+        each.get_parameter("table").data[0] = 4
+        each.get_parameter("mask").data[0] = 0.5
+        cnn(each)[-1].running_mean.fill_(3.0)
+    known = sender.values()
+    sender.load_policy(changed)
+    store.add(sender.values(), known)
+    expected = moved(policy, 2.5)
+    assert_identical(fetched(store, policy), expected)
+    cnn(expected)[-1].num_batches_tracked.fill_(7)
+    store.load_policy(expected)
+    store.add(sender.values(), sender.values())  # nothing has changed there
+    assert_identical(fetched(store, policy), expected)
+
+
+def test_values_of_a_step_that_is_being_undone_are_those_of_before(make_mergeable: MakeMergeable) -> None:
+    policy = policy_with_all_kinds_of_tensors()
+    store = make_mergeable(policy, 1)
+    known = store.values()
+    broken, expected = moved(policy, 1.0), moved(policy, 1.0)
+    with th.no_grad():
+        for each, value in ((broken, math.nan), (expected, policy.value_net.bias)):
+            each.value_net.bias.copy_(th.as_tensor(value))
+        for each, value in ((broken, math.inf), (expected, cnn(policy)[0].weight[1, 0, 1, 1])):
+            cnn(each)[0].weight[1, 0, 1, 1] = value
+    store.load_policy(broken)
+    values = store.values(known)
+    store.set_values(values)
+    assert_identical(fetched(store, policy), expected)
+
+
+@pytest.mark.parametrize(("optimizer_class", "kwargs", "tolerance"), OPTIMIZERS)
+def test_an_optimizers_state_travels_and_that_of_one_host_is_exact(
+    make_mergeable: MakeMergeable, optimizer_class: type[th.optim.Optimizer], kwargs: dict[str, Any], tolerance: float
+) -> None:
+    policy, generator = make_policy(optimizer_class, kwargs), th.Generator().manual_seed(0)
+    center, host = make_mergeable(policy, 1), make_mergeable(policy, 1)
+    began = host.state()
+    replica = host.replica(worker_policy := copied(policy), 0)
+    for _ in range(3):
+        set_gradients(worker_policy, random_gradients(policy, generator))
+        replica.push()
+    idle = make_mergeable(policy, 1)
+    center.merge_states([(0, began, idle.state()), (3, began, host.state())])
+    assert_states_identical(expected := fetched(center, policy), fetched(host, policy))
+    assert bool(expected.optimizer.state) == (optimizer_class is not th.optim.SGD or bool(kwargs))
+    idle.set_state(host.state())
+    assert_states_identical(fetched(idle, policy), fetched(host, policy))
+
+
+@pytest.mark.parametrize(("optimizer_class", "kwargs", "tolerance"), OPTIMIZERS)
+def test_a_merged_state_can_be_learned_with(
+    make_mergeable: MakeMergeable, optimizer_class: type[th.optim.Optimizer], kwargs: dict[str, Any], tolerance: float
+) -> None:
+    """Weights that differ by much, so that a mean that is rounded carelessly makes a squared moment negative."""
+    policy, generator = make_policy(optimizer_class, kwargs), th.Generator().manual_seed(0)
+    center = make_mergeable(policy, 1)
+    states = []
+    for size, weight in ((1.0, 1), (1e-6, 10**7), (0.0, 10**7)):
+        host = make_mergeable(policy, 1)
+        began = host.state()
+        replica = host.replica(worker_policy := copied(policy), 0)
+        set_gradients(worker_policy, [size * gradient for gradient in random_gradients(policy, generator)])
+        replica.push()
+        states.append((weight, began, host.state()))
+    center.merge_states(states)
+    for state in fetched(center, policy).optimizer.state.values():
+        assert float(state.get("step", 0)) in (0, 3)  # RMSpropTFLike and SGD count elsewhere or not at all
+        assert all(float(state[key].min()) >= 0 for key in ("exp_avg_sq", "square_avg") if key in state)
+    replica = center.replica(worker_policy := copied(policy), 0)
+    set_gradients(worker_policy, random_gradients(policy, generator))
+    assert replica.push() == 0
+
+
+def test_counters_of_other_hosts_are_replaced(make_mergeable: MakeMergeable) -> None:
+    policy = make_policy()
+    here, there = make_mergeable(policy, 3), make_mergeable(policy, 3)
+    replicas = [here.replica(copied(policy), 0), *(there.replica(copied(policy), worker) for worker in (1, 2))]
+    for replica, n_pushes in zip(replicas, (1, 2, 4), strict=True):
+        for _ in range(n_pushes):
+            replica.push()
+    rows = there.rows([2, 1])
+    here.set_rows([2, 1], rows)
+    rows[:] = 0  # a copy
+    assert [here.updates([worker]) for worker in range(3)] == [1, 2, 4]
+    assert (here.updates([0, 2]), here.n_updates) == (5, 7)
+    assert (there.rows([1, 2]) == here.rows([1, 2])).all()
+    assert there.n_updates == 6
+    assert replicas[0].push() == 6  # their updates make its gradient stale
