@@ -18,7 +18,7 @@ FLOORS = [
     {"__init__"},
     {"a3c"},
     {"arguments", "save_util"},
-    {"workers"},
+    {"workers", "cluster"},
     {"actor_learner"},
     {"policies", "store", "envs", "processes"},
     {"errors", "atari", "version"},

@@ -1,0 +1,1 @@
+"""Training on several hosts. Only the exchange between their stores is there yet."""

@@ -1,0 +1,207 @@
+"""
+How the hosts of a training share what they learn, whatever carries their messages.
+
+The workers of each host push to its own store, without a lock and without waiting. Every few hundredths of a second the host
+and the center exchange values (parameters and module buffers)::
+
+    center                          host
+    answer  ── values, if another ─►  exchange: store += values - known
+               host has changed them            known  = values
+    merge   ◄─ values, if workers ──            known  = store
+               have pushed
+    store += values - known
+    known  = values
+
+``known`` is the last message's values, of whichever direction, so both ends agree on it, and ``values - known`` is what the
+sender has and the receiver lacks: every step reaches every host once. If no other host has changed the center since,
+``values`` replace the center's: a host that is alone stays exact to the bit. Otherwise each addition rounds; the sender of
+the next message includes the error, so it does not make the stores drift apart.
+
+Both ends take part in one exchange at a time. If a message is lost, they no longer agree on ``known``: the center must
+:meth:`~Center.leave` the host, which loses the steps since its last merged message. To come back it is opened anew.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_a3c.store.base import Bytes, MergeableStore, Rows
+
+
+@dataclass(frozen=True)
+class Answer:
+    """From the center to a host."""
+
+    rows: Rows  #: counters of all workers
+    values: Bytes | None  #: None if no other host has changed them
+    state: Bytes | None  #: the optimizer's, at the start and after a load: then both replace what the host has
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """From a host to the center."""
+
+    rows: Rows  #: counters of the host's workers
+    values: Bytes | None  #: None if no worker has pushed; they include every push that ``rows`` count
+    state: Bytes | None  #: the optimizer's, if it was asked for
+
+
+class HostEnd:
+    """
+    A host's end of the exchange.
+
+    :param store: the host's; it has counters of all workers of the training
+    :param workers: those that push to this store
+    :param start: the center's first answer
+    """
+
+    def __init__(self, store: MergeableStore, workers: Sequence[int], start: Answer) -> None:
+        self._store, self._workers = store, list(workers)
+        everyone = range(len(start.rows))
+        self._others = [worker for worker in everyone if worker not in self._workers]
+        store.set_rows(everyone, start.rows)
+        self._n_sent = store.updates(self._workers)
+        self._known = self._replace(start)
+
+    def exchange(self, answer: Answer, with_state: bool = False) -> Contribution:
+        """Take in what other hosts have learned; return what this one has learned since its last contribution."""
+        self._receive(answer)
+        # in this order: pushes are counted once they are done, so `values` include all that `rows` count
+        rows, n_updates = self._store.rows(self._workers), self._store.updates(self._workers)
+        values = None
+        if n_updates != self._n_sent:
+            values = self._known = self._store.values(self._known)
+            self._n_sent = n_updates
+        return Contribution(rows, values, self._store.state() if with_state else None)
+
+    def _receive(self, answer: Answer) -> None:
+        if answer.state is not None:
+            self._known = self._replace(answer)
+        elif answer.values is not None:
+            values = _writable(answer.values)
+            self._store.add(values, self._known)
+            self._known = values
+        self._store.set_rows(self._others, answer.rows[self._others])  # last, so that no staleness is underestimated
+
+    def _replace(self, answer: Answer) -> Bytes:
+        """Begin with the center's values and optimizer state. What the host has not contributed is dropped."""
+        assert answer.values is not None and answer.state is not None
+        values = _writable(answer.values)
+        self._store.set_values(values)
+        self._store.set_state(_writable(answer.state))
+        return values
+
+
+class _Host:
+    """What the center knows of a host."""
+
+    def __init__(self, workers: Sequence[int], n_updates: int) -> None:
+        self.workers = list(workers)
+        self.n_updates_before = n_updates  # by these workers, when the host was opened
+        self.must_begin_anew = True  # with the next answer; until then what it sends is dropped
+        self.known: Bytes  # values of the last message, of either direction
+        self.version = -1  # of the center's values that the host has
+        self.n_updates_seen = 0  # by all workers, up to the last answer
+        self.state_before: Bytes  # of the optimizer, when it was last merged
+        self.state: Bytes | None = None  # received, not merged yet
+
+
+class Center:
+    """
+    The center's end of all exchanges. It is not thread-safe. If its process dies, another one may take over the store with
+    a ``Center`` of its own, on which all hosts are opened anew.
+
+    :param store: the center's, to which no worker pushes; it has counters of all workers
+    """
+
+    def __init__(self, store: MergeableStore, n_workers: int) -> None:
+        self._store, self._all_workers = store, range(n_workers)
+        self._version = 0  # of the store's values
+        self._hosts: dict[int, _Host] = {}
+        self._numbers = itertools.count()
+
+    def open(self, workers: Sequence[int]) -> int:
+        """
+        Let a host take part.
+
+        :param workers: the host's, which no other host has
+        :return: a number that stands for this host until it leaves, and is not used again
+        """
+        number = next(self._numbers)
+        self._hosts[number] = _Host(workers, self._store.updates(workers))
+        return number
+
+    def answer(self, number: int) -> Answer:
+        """What the host is to be sent now; the first one opens its :class:`HostEnd`."""
+        host = self._hosts[number]
+        rows, values, state = self._store.rows(self._all_workers), None, None
+        host.n_updates_seen = self._store.n_updates
+        if host.must_begin_anew or host.version != self._version:
+            values = host.known = self._store.values()
+            host.version = self._version
+        if host.must_begin_anew:
+            state = host.state_before = self._store.state()
+            host.must_begin_anew = False
+        return Answer(rows, values, state)
+
+    def merge(self, number: int, contribution: Contribution) -> int | None:
+        """
+        Take in what a host has learned. Does nothing if it has left.
+
+        :return: the staleness of its values, which is the number of updates by other hosts that were merged since the last
+            answer to this one; None if it has sent none
+        """
+        host = self._hosts.get(number)
+        if host is None:
+            return None
+        staleness = None
+        if not host.must_begin_anew:
+            if contribution.values is not None:
+                self._merge_values(host, _writable(contribution.values))
+                staleness = self._store.n_updates - host.n_updates_seen
+            if contribution.state is not None:
+                host.state = _writable(contribution.state)
+        # after the values: should this process die between the two, an update was made that is not counted
+        self._store.set_rows(host.workers, contribution.rows)
+        return staleness
+
+    def leave(self, number: int) -> None:
+        """Forget a host. What it had not contributed is lost, and not counted."""
+        self._hosts.pop(number, None)
+
+    def load(self, policy: ActorCriticPolicy) -> None:
+        """Let all hosts continue from the parameters, module buffers and optimizer state of a policy."""
+        self._store.load_policy(policy)
+        self._version += 1
+        for host in self._hosts.values():
+            host.must_begin_anew, host.state = True, None
+
+    def merge_states(self) -> None:
+        """
+        Set the center's optimizer state to the mean of those that hosts have sent since the last time, weighted by the
+        numbers of their updates, so that it can be saved. Hosts keep their own.
+        """
+        sent = [host for host in self._hosts.values() if host.state is not None]
+        states = []
+        for host in sent:
+            assert host.state is not None
+            states.append((self._store.updates(host.workers) - host.n_updates_before, host.state_before, host.state))
+            host.state_before, host.state = host.state, None
+        self._store.merge_states(states)
+
+    def _merge_values(self, host: _Host, values: Bytes) -> None:
+        if host.version == self._version:
+            self._store.set_values(values)
+            host.version += 1  # the host has these values
+        else:
+            self._store.add(values, host.known)
+        self._version += 1
+        host.known = values
+
+
+def _writable(received: Bytes) -> Bytes:
+    """Arrays out of Ray's object store are read-only, which torch can't express, and would occupy it for as long as kept."""
+    return np.require(received, requirements="W")
