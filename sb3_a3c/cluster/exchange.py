@@ -106,7 +106,7 @@ class _Host:
         self.version = -1  # of the center's values that the host has
         self.n_updates_seen = 0  # by all workers, up to the last answer
         self.state_before: Bytes  # of the optimizer, when it was last merged
-        self.state: Bytes | None = None  # received, not merged yet
+        self.state: Bytes | None = None  # received last
 
 
 class Center:
@@ -175,21 +175,20 @@ class Center:
     def load(self, policy: ActorCriticPolicy) -> None:
         """Let all hosts continue from the parameters, module buffers and optimizer state of a policy."""
         self._store.load_policy(policy)
-        self._version += 1
         for host in self._hosts.values():
             host.must_begin_anew, host.state = True, None
 
     def merge_states(self) -> None:
         """
-        Set the center's optimizer state to the mean of those that hosts have sent since the last time, weighted by the
-        numbers of their updates, so that it can be saved. Hosts keep their own.
+        Set the center's optimizer state to the mean of those that hosts have sent last, weighted by the numbers of their
+        updates, so that it can be saved. Hosts keep their own.
         """
-        sent = [host for host in self._hosts.values() if host.state is not None]
         states = []
-        for host in sent:
-            assert host.state is not None
-            states.append((self._store.updates(host.workers) - host.n_updates_before, host.state_before, host.state))
-            host.state_before, host.state = host.state, None
+        for host in self._hosts.values():
+            if host.state is not None:
+                n_updates = self._store.updates(host.workers) - host.n_updates_before
+                states.append((n_updates, host.state_before, host.state))
+                host.state_before = host.state  # so that its steps are not added again
         self._store.merge_states(states)
 
     def _merge_values(self, host: _Host, values: Bytes) -> None:

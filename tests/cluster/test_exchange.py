@@ -441,6 +441,8 @@ def test_what_has_not_changed_does_not_travel() -> None:
     assert contribution.values is not None and contribution.state is not None
     center.merge(first.number, contribution)
     assert center.answer(first.number).values is None
+    contribution = first.contribute()
+    assert contribution.values is None and contribution.state is None
     answer = center.answer(second.number)
     assert answer.values is not None and answer.state is None
     assert second.end.exchange(answer).values is None  # the center has it from the first host
@@ -588,14 +590,17 @@ def test_a_loaded_policy_replaces_what_all_hosts_have() -> None:
     store, center, hosts = make_hosts(policy, 2)
     for host in hosts:
         host.push(random_gradients(policy, generator))
+        host.exchange(with_state=True)
+        host.push(random_gradients(policy, generator))
     under_way = [host.contribute(with_state=True) for host in hosts]
     center.load(other)
+    center.merge_states()
     for host, contribution in zip(hosts, under_way, strict=True):
         assert center.merge(host.number, contribution) is None
         host.push(random_gradients(policy, generator))  # to the old parameters: lost too
         host.exchange(with_state=True)
     center.merge_states()
-    assert store.n_updates == 4  # but all were made
+    assert store.n_updates == 6  # but all were made
     for each in (store, *(host.store for host in hosts)):
         result = fetched(each, policy)
         assert_equal(result, other, 0.0)
@@ -608,36 +613,40 @@ def test_saved_moments_are_the_mean_weighted_by_updates_and_steps_add_up() -> No
     for _ in range(10):
         set_gradients(policy, random_gradients(policy, generator))
         policy.optimizer.step()
-    store, center, (*hosts, dead) = make_hosts(policy, 5)
-    for n_pushes, host in zip((1, 2, 5), hosts, strict=False):  # the fourth has none
-        for _ in range(n_pushes):
+    store, center, hosts = make_hosts(policy, 5)
+
+    def push(host: Host, n: int) -> None:
+        for _ in range(n):
             host.push(random_gradients(policy, generator))
-    dead.push(random_gradients(policy, generator))
-    dead.exchange(with_state=True)
-    center.leave(dead.number)
-    n_total = 8
-    for n_saves in range(2):  # the second time the first host has made 4 more
+
+    def save_and_check(n_steps: int, weights: Sequence[int]) -> None:
         for host in hosts:
             host.exchange(with_state=True)
         center.merge_states()
-        weights = (1 + 4 * n_saves, 2, 5, 0)
+        center.merge_states()  # changes nothing
         saved = moments(fetched(store, policy))
         theirs = [moments(fetched(host.store, policy)) for host in hosts]
         for actual, *sent in zip(saved, *theirs, strict=True):
-            assert float(actual["step"]) == 10 + n_total
+            assert float(actual["step"]) == n_steps
             for key in ("exp_avg", "exp_avg_sq"):
                 mean = sum(w * state[key].double() for w, state in zip(weights, sent, strict=True)) / sum(weights)
                 assert th.allclose(actual[key].double(), mean, rtol=1e-5, atol=1e-8), key
-        assert [float(moments(fetched(host.store, policy))[0]["step"]) for host in hosts] == [10 + w for w in weights]
-        for _ in range(4):
-            hosts[0].push(random_gradients(policy, generator))
-        n_total += 4
-    late = Host(center, policy, 4, 5)  # continues from what was merged last
-    assert all(
-        th.equal(a[key], b[key])
-        for a, b in zip(moments(fetched(late.store, policy)), moments(fetched(store, policy)), strict=True)
-        for key in a
-    )
+
+    dead = hosts.pop()
+    push(dead, 9)
+    dead.exchange(with_state=True)
+    center.leave(dead.number)
+    for host, n in zip(hosts, (1, 2, 5, 0), strict=True):
+        push(host, n)
+    save_and_check(10 + 8, (1, 2, 5, 0))
+    push(hosts[0], 4)
+    save_and_check(10 + 12, (5, 2, 5, 0))
+    assert [float(moments(fetched(host.store, policy))[0]["step"]) for host in hosts] == [15, 12, 15, 10]
+    hosts.append(Host(center, policy, 4, 5))  # continues from what was merged last; its predecessor's updates don't count
+    for a, b in zip(moments(fetched(hosts[-1].store, policy)), moments(fetched(store, policy)), strict=True):
+        assert all(th.equal(a[key], b[key]) for key in b)
+    push(hosts[-1], 1)
+    save_and_check(10 + 13, (5, 2, 5, 0, 1))
 
 
 def test_there_is_nothing_to_merge() -> None:

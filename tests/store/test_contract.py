@@ -554,6 +554,7 @@ def test_an_optimizers_state_travels_and_that_of_one_host_is_exact(
         replica.push()
     idle = make_mergeable(policy, 1)
     center.merge_states([(0, began, idle.state()), (3, began, host.state())])
+    center.merge_states([(0, began, idle.state())])
     assert_states_identical(expected := fetched(center, policy), fetched(host, policy))
     assert bool(expected.optimizer.state) == (optimizer_class is not th.optim.SGD or bool(kwargs))
     idle.set_state(host.state())
