@@ -245,7 +245,7 @@ class Training:
                 assert has_steps(self.stores.hosts[host.worker], host.steps)
 
 
-@pytest.mark.parametrize(("store_class", "n_trainings"), [(ArrayStore, 3000), (SharedMemoryStore, 200)])
+@pytest.mark.parametrize(("store_class", "n_trainings"), [(ArrayStore, 3000), (SharedMemoryStore, 100)])
 def test_each_step_reaches_the_center_and_all_hosts_exactly_once(store_class: Any, n_trainings: int) -> None:
     """In random trainings of three hosts. Each step adds 1 to an element of its own."""
     stores = Stores(store_class)
