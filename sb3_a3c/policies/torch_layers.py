@@ -92,6 +92,18 @@ class BabyCNN(BaseFeaturesExtractor):
             self.linear.extend([nn.Linear(n_flatten, features_dim), nn.ELU()])
         self._original_layers = repr((self.cnn, self.linear))
 
+    @th.no_grad()
+    def center_filters(self) -> None:
+        """
+        Let the weights of each filter of the first layer add up to 0, at the same norm of all: a uniform background, as in
+        Pong, then has no effect on the features. Otherwise most of the features' size is the same at all times, and as the
+        LSTM's weights grow with it, its gates saturate.
+        """
+        weight = next(self.cnn.parameters())
+        norm = weight.norm()
+        weight.sub_(weight.mean(dim=(1, 2, 3), keepdim=True))
+        weight.mul_(norm / weight.norm())
+
     def forward(self, observations: th.Tensor) -> th.Tensor:
         # (batch, n_channels, height, width) -> (batch, features_dim)
         if self.dtype == th.float32:

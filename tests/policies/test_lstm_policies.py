@@ -414,6 +414,22 @@ def test_default_network_is_that_of_baby_a3c() -> None:
     assert sorted(map(id, optimized)) == sorted(map(id, policy.parameters()))
 
 
+@pytest.mark.parametrize("n_channels", [1, 4])
+def test_a_uniform_background_has_no_effect_at_first(n_channels: int) -> None:
+    """But for the edges, where the convolutions see zeros beside it."""
+    space = spaces.Box(0, 255, (n_channels, 84, 84), dtype=np.uint8)
+    grey = th.full((1, n_channels, 84, 84), 0.4)
+    for ortho_init in (True, False):
+        policy = CnnLstmPolicy(space, CHOICE, lambda _: 1e-4, ortho_init=ortho_init)
+        assert isinstance(policy.features_extractor, BabyCNN)
+        first: Any = policy.features_extractor.cnn[0]
+        assert first.bias.any() != ortho_init
+        effect = (first(grey) - first.bias[:, None, None])[..., 1:, 1:].abs().max().item()
+        assert effect < 1e-6 if ortho_init else effect > 0.01
+        if ortho_init:  # of gain sqrt(2); the norm that all filters had together stays
+            assert first.weight.norm().item() == pytest.approx((2 * min(32, 9 * n_channels)) ** 0.5)
+
+
 @pytest.mark.parametrize("cls", [MlpLstmPolicy, MultiInputLstmPolicy])
 def test_default_network_of_other_observations(cls: type[MlpLstmPolicy]) -> None:
     policy = cls(spaces.Dict({"v": VECTOR}) if cls is MultiInputLstmPolicy else VECTOR, CHOICE, lambda _: 1e-4)
