@@ -2,6 +2,7 @@
 
 import faulthandler
 import multiprocessing
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ faulthandler.enable(file=sys.__stderr__)
 gym.register_envs(ale_py)
 # SubprocVecEnv's processes start from the fork server that all users of multiprocessing share: A3C has one of its own
 multiprocessing.set_forkserver_preload(["stable_baselines3.common.vec_env"])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in commands that they start in the background
 th.set_num_threads(1)  # most tests are too small for more; those about threads set their own
 
 
