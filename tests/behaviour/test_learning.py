@@ -31,23 +31,31 @@ class HiddenVelocities(gym.ObservationWrapper[Any, Any, Any]):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
-    ("task", "learning_rate", "n_timesteps", "least"),
-    [
-        ("CartPole-v1", 1e-3, 100_000, 400),
-        ("CartPole-v1", 2e-4, 100_000, 200),
-        ("Acrobot-v1", 1e-3, 300_000, -120),
-        ("CartPole-v1 with hidden velocities", 1e-3, 200_000, 400),
-    ],
+    ("env_id", "learning_rate", "n_timesteps", "least"),
+    [("CartPole-v1", 1e-3, 100_000, 400), ("CartPole-v1", 2e-4, 100_000, 200), ("Acrobot-v1", 1e-3, 300_000, -120)],
 )
-def test_a_port_learns(task: str, learning_rate: float, n_timesteps: int, least: float, seed: int) -> None:
+def test_a_port_learns(env_id: str, learning_rate: float, n_timesteps: int, least: float, seed: int) -> None:
     """With defaults except for the learning rate, and rewards as they are."""
-    env_id, _, hidden = task.partition(" with ")
-    wrapper = HiddenVelocities if hidden else None
-    env = make_vec_env(env_id, n_envs=8, wrapper_class=wrapper)
+    env = make_vec_env(env_id, n_envs=8)
     model = A3C("MlpLstmPolicy", env, learning_rate=learning_rate, n_workers=2, seed=seed).learn(n_timesteps)
-    mean, _ = evaluate_policy(model, make_vec_env(env_id, n_envs=4, seed=1000 + seed, wrapper_class=wrapper), 20)
-    print(f"{task}, learning rate {learning_rate}, seed {seed}: {mean}")
-    assert mean >= least  # type: ignore[operator]
+    assert final_return(model, env_id, seed) >= least
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cartpole_with_hidden_velocities(seed: int) -> None:
+    """With an annealed rate: at a constant 1e-3 policies learn as far, but the last one may happen to be a bad one."""
+    env = make_vec_env("CartPole-v1", n_envs=8, wrapper_class=HiddenVelocities)
+    kwargs: dict[str, Any] = dict(n_steps=32, gae_lambda=0.95, ent_coef=0.0, n_workers=2, seed=seed)
+    model = A3C("MlpLstmPolicy", env, learning_rate=lambda progress: 3e-3 * progress, **kwargs).learn(300_000)
+    assert final_return(model, "CartPole-v1", seed, HiddenVelocities) >= 450
+
+
+def final_return(model: A3C, env_id: str, seed: int, wrapper: type[gym.Wrapper[Any, Any, Any, Any]] | None = None) -> float:
+    env = make_vec_env(env_id, n_envs=4, seed=1000 + seed, wrapper_class=wrapper)
+    mean, std = evaluate_policy(model, env, n_eval_episodes=20)
+    print(f"{env_id}, seed {seed}: {mean} +- {std}")
+    assert isinstance(mean, float)
+    return mean
 
 
 def test_only_a_policy_with_memory_recalls_a_cue(tmp_path: Path) -> None:
