@@ -125,8 +125,9 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
-        if self.ortho_init and isinstance(self.features_extractor, BabyCNN):
-            self.features_extractor.center_filters()
+        extractor = self.features_extractor
+        if self.ortho_init and isinstance(extractor, BabyCNN) and extractor.is_original():
+            extractor.center_filters()
         if self.channels_last:
             for weight in self.features_extractor.parameters():
                 if weight.dim() == 4:  # only now: ortho_init needs contiguous weights

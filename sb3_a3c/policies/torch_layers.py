@@ -95,9 +95,9 @@ class BabyCNN(BaseFeaturesExtractor):
     @th.no_grad()
     def center_filters(self) -> None:
         """
-        Let the weights of each filter of the first layer add up to 0, at the same norm of all: a uniform background, as in
-        Pong, then has no effect on the features. Otherwise most of the features' size is the same at all times, and as the
-        LSTM's weights grow with it, its gates saturate.
+        Let the weights of each filter of the first layer add up to 0, and keep the norm of all. A uniform background,
+        as in Pong, then has no effect on the features. Otherwise they hardly change over time, all gradients of the LSTM's
+        input weights point the same way, and its gates saturate.
         """
         weight = next(self.cnn.parameters())
         norm = weight.norm()
