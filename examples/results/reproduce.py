@@ -17,7 +17,7 @@ import argparse
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -138,30 +138,28 @@ class Run:
         curve["seconds"] = passed.where(passed < LONGEST_INTERVAL, 0.0).cumsum()
         return curve[["timesteps", "seconds", "return"]].reset_index(drop=True)
 
-    def speed(self) -> float:
-        """Timesteps per second, the median over the log."""
-        steps = self.curve()[["timesteps", "seconds"]].diff().iloc[1:]
-        return float((steps["timesteps"] / steps["seconds"]).median())
+    def evaluate(self, n_games: int, seconds: float) -> list[dict[str, Any]]:
+        """
+        Play with the final model: the run's lines of ``evaluations.csv``.
 
-    def evaluate(self, deterministic: bool, n_games: int) -> dict[str, Any]:
-        """Play with the final model: a line of ``evaluations.csv``."""
+        :param seconds: that the training took
+        """
         env = self._evaluation_env()
         model = ALGOS[self.row.algo].load(self.newest / f"{self.row.env_id}.zip", device="cpu")
-        returns, _ = evaluate_policy(model, env, n_games, deterministic=deterministic, return_episode_rewards=True)
+        lines = []
+        for actions in ("sampled", "most probable"):
+            deterministic = actions == "most probable"
+            returns, _ = evaluate_policy(model, env, n_games, deterministic=deterministic, return_episode_rewards=True)
+            result = {"games": n_games, "mean": round(float(np.mean(returns)), 2), "std": round(float(np.std(returns)), 2)}
+            lines.append({"algo": self.row.algo, "seed": self.seed, "actions": actions, **result})
         env.close()
-        series, curve = pd.Series(returns), self.curve()
-        return {
-            "algo": self.row.algo,
-            "seed": self.seed,
-            "actions": "most probable" if deterministic else "sampled",
-            "games": n_games,
-            "mean": round(series.mean(), 2),
-            "std": round(series.std(ddof=0), 2),
+        about_run = {
             "timesteps": model.num_timesteps,
-            "hours": round(curve["seconds"].max() / 3600, 2),
+            "hours": round(seconds / 3600, 2),
             "commit": (self.folder / "commit").read_text(),
             "versions": " ".join(f"{name} {version(name)}" for name in ("torch", "stable-baselines3", "ale-py")),
         }
+        return [line | about_run for line in lines]
 
     def _evaluation_env(self) -> VecEnv:
         hyperparams, stats_path = get_saved_hyperparams(str(self.newest / self.row.env_id), test_mode=True)
@@ -195,10 +193,11 @@ def draw(folder: Path) -> None:
     for path in sorted(folder.glob("*_seed*.csv")):
         if len(curve := pd.read_csv(path)) > 1:  # --quick ends before the first game
             curves.setdefault(path.stem.rpartition("_seed")[0], []).append(curve)
-    scales: list[Callable[[str], float | None]] = [lambda _: 1e6, lambda algo: speeds[algo] * 60 if algo in speeds else None]
-    for axis, scale, label in zip(axes, scales, ("million timesteps", "minutes on two cores"), strict=True):
+    per_million, per_minute = dict.fromkeys(curves, 1e6), {algo: 60 * speed for algo, speed in speeds.items()}
+    units = {"million timesteps": per_million, "minutes on two cores": per_minute}
+    for axis, (label, unit_of) in zip(axes, units.items(), strict=True):
         for algo, seeds in curves.items():
-            if (unit := scale(algo)) is None:
+            if (unit := unit_of.get(algo)) is None:
                 continue
             # at the same timesteps for all seeds, as far as the shortest run goes
             grid = pd.Index(np.linspace(0, min(seed["timesteps"].max() for seed in seeds), 300))
@@ -231,24 +230,27 @@ def reproduce(name: str, args: argparse.Namespace) -> None:
         if not run.is_trained:
             run.train(n_timesteps, args.minutes)
         folder.mkdir(parents=True, exist_ok=True)
-        run.curve().to_csv(folder / f"{row.algo}_seed{seed}.csv", index=False, float_format="%.6g")
+        curve = run.curve()
+        curve.to_csv(folder / f"{row.algo}_seed{seed}.csv", index=False, float_format="%.6g")
         draw(folder)
         if not run.is_trained and row.algo == "a3c":
             print(f"{name}, seed {seed}: not yet trained to the end. The same command goes on.")
             continue
-        n_games = 1 if args.quick else 20
-        lines = [run.evaluate(deterministic, n_games) for deterministic in (False, True)]
+        lines = run.evaluate(1 if args.quick else 20, curve["seconds"].max())
         update_csv(folder / "evaluations.csv", lines, ["algo", "seed", "actions"])
         print(pd.DataFrame(lines).to_string(index=False))
 
 
 def measure_speed(name: str) -> None:
-    """Train for a minute, and note the timesteps per second."""
+    """Train for a minute, and note the timesteps per second: the median over the log."""
     row = ROWS[name]
-    run = Run(row, 1, Path("logs/speed"))
-    run.train(None, minutes=1)
-    print(f"{name}: {run.speed():.0f} steps/s")
-    update_csv(row.folder / "speeds.csv", [{"algo": row.algo, "steps/s": round(run.speed())}], ["algo"])
+    with tempfile.TemporaryDirectory() as logs:  # an earlier run's log does not count
+        run = Run(row, 1, Path(logs))
+        run.train(None, minutes=1)
+        steps = run.curve()[["timesteps", "seconds"]].diff().iloc[1:]
+    speed = round((steps["timesteps"] / steps["seconds"]).median())
+    print(f"{name}: {speed} steps/s")
+    update_csv(row.folder / "speeds.csv", [{"algo": row.algo, "steps/s": speed}], ["algo"])
 
 
 def main() -> None:
