@@ -14,8 +14,10 @@ from typing import Any
 
 import cloudpickle
 from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
 
-from sb3_a3c.policies.lstm_policies import LstmActorCriticPolicy
+from sb3_a3c.policies.lstm_policies import LstmActorCriticPolicy, LstmMultiInputActorCriticPolicy
+from sb3_a3c.policies.torch_layers import EmbeddingExtractor
 
 #: Members of a model's zip-file.
 _MEMBERS = ("data", "policy.pth", "policy.optimizer.pth")
@@ -26,7 +28,7 @@ _VERSION = "_sb3_a3c_version"
 #: What that member says where there is none.
 _BEFORE = "0.1.0 or before"
 #: What LSTM policies did then unless told otherwise.
-_OLD_POLICY_KWARGS = dict(net_arch=[], lstm_hidden_size=256, normalize_values=False)
+_OLD_POLICY_KWARGS = dict(net_arch=[], lstm_hidden_size=256, layer_norm=False, normalize_values=False)
 
 #: Errors of a file that can't be replaced, but perhaps written to: it is mounted itself, or its folder is read-only.
 _IRREPLACEABLE = {errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -101,7 +103,14 @@ def old_policy_kwargs(path: str | Path | io.BufferedIOBase, custom_objects: dict
         return None
     data, _, _ = load_from_zip_file(path, custom_objects=custom_objects)
     assert data is not None
-    return _OLD_POLICY_KWARGS | data["policy_kwargs"] if issubclass(data["policy_class"], LstmActorCriticPolicy) else None
+    policy_class = data["policy_class"]
+    if not issubclass(policy_class, LstmActorCriticPolicy):
+        return None
+    old: dict[str, Any] = dict(_OLD_POLICY_KWARGS)
+    if issubclass(policy_class.default_features_extractor_class, EmbeddingExtractor):
+        is_combined = issubclass(policy_class, LstmMultiInputActorCriticPolicy)
+        old["features_extractor_class"] = CombinedExtractor if is_combined else FlattenExtractor
+    return {**old, **data["policy_kwargs"]}
 
 
 def read_statistics(path: str | Path | io.BufferedIOBase) -> Any:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
+from stable_baselines3.common.torch_layers import CombinedExtractor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c import A3C
@@ -67,12 +68,35 @@ def test_old_defaults_stay(tmp_path: Path) -> None:
         th.testing.assert_close(after, before, rtol=0, atol=0)
 
 
-def test_old_feed_forward_models_load(tmp_path: Path) -> None:
-    A3C("MlpPolicy", make_env("mlp_lstm")).save(tmp_path / "model.zip")
-    with zipfile.ZipFile(tmp_path / "model.zip") as new, zipfile.ZipFile(tmp_path / "old.zip", "w") as old:
+def without_version(path: Path) -> Path:
+    """The file of a model as 0.1.0 would have written it."""
+    old_path = path.with_name("old.zip")
+    with zipfile.ZipFile(path) as new, zipfile.ZipFile(old_path, "w") as old:
         for name in set(new.namelist()) - {"_sb3_a3c_version"}:
             old.writestr(name, new.read(name))
-    assert A3C.load(tmp_path / "old.zip").policy_kwargs == {}
+    return old_path
+
+
+def test_old_feed_forward_models_load(tmp_path: Path) -> None:
+    A3C("MlpPolicy", make_env("mlp_lstm")).save(tmp_path / "model.zip")
+    assert A3C.load(without_version(tmp_path / "model.zip")).policy_kwargs == {}
+
+
+def test_old_models_for_dictionaries_load(tmp_path: Path) -> None:
+    network = dict(
+        net_arch=[],
+        lstm_hidden_size=256,
+        layer_norm=False,
+        normalize_values=False,
+        features_extractor_class=CombinedExtractor,
+    )
+    model = A3C("MultiInputLstmPolicy", SimpleMultiObsEnv(random_start=False), policy_kwargs=network)
+    del model.policy_kwargs["features_extractor_class"], model.policy_kwargs["layer_norm"]  # as 0.1.0 saved it
+    model.save(tmp_path / "model.zip")
+    policy = A3C.load(without_version(tmp_path / "model.zip")).policy
+    for new, old in zip(policy.state_dict().items(), model.policy.state_dict().items(), strict=True):
+        assert new[0] == old[0]
+        assert th.equal(new[1], old[1])
 
 
 IMPORTS = """

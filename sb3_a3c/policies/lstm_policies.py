@@ -15,7 +15,7 @@ from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, MlpExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, MlpExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
@@ -23,7 +23,7 @@ from sb3_a3c.policies.activation_cache.cache import ActivationCache, ChunkCache,
 from sb3_a3c.policies.impossible import impossible
 from sb3_a3c.policies.overrides import is_overridden
 from sb3_a3c.policies.sampling import sample_actions, to_env_actions, unvalidated_if_traced
-from sb3_a3c.policies.torch_layers import BabyCNN, LstmState, run_lstm
+from sb3_a3c.policies.torch_layers import BabyCNN, EmbeddingExtractor, LstmState, run_lstm
 from sb3_a3c.policies.value_normalizer import ValueNormalizer
 
 MlpPolicy = ActorCriticPolicy
@@ -48,6 +48,8 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     :param enable_critic_lstm: False without ``shared_lstm=True``: the critic has no memory, but a linear layer of
         ``lstm_hidden_size`` units in the place of the LSTM, as in sb3-contrib
     :param lstm_kwargs: further arguments for ``th.nn.LSTM`` (``dropout``, ``bias``)
+    :param layer_norm: layer normalization of the LSTM's output in front of the layers of each head. None: True, but for
+        ``CnnLstmPolicy``
     :param channels_last: keep convolution weights in ``th.channels_last``, which CPUs compute up to twice as fast
     :param normalize_values: let the value head learn normalized values, so that large rewards do no harm, see
         :class:`~sb3_a3c.policies.value_normalizer.ValueNormalizer`. None: True, but for ``CnnLstmPolicy``
@@ -56,11 +58,13 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     """
 
     #: The features extractor of this class unless another one is given.
-    default_features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor
+    default_features_extractor_class: type[BaseFeaturesExtractor] = EmbeddingExtractor
     # The arguments of these names unless they are given. In CartPole with hidden velocities, at a learning rate of 1e-3, a
-    # larger LSTM collapses to one action, and without layers behind it policies learn later.
+    # larger LSTM collapses to one action, without layers behind it policies learn later, and without layer normalization
+    # before and behind it good policies are lost again.
     default_net_arch: tuple[int, ...] = (64,)
     default_lstm_hidden_size = 64
+    default_layer_norm = True
     default_normalize_values = True
 
     def __init__(
@@ -75,11 +79,13 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         shared_lstm: bool | None = None,
         enable_critic_lstm: bool | None = None,
         lstm_kwargs: dict[str, Any] | None = None,
+        layer_norm: bool | None = None,
         channels_last: bool = True,
         normalize_values: bool | None = None,
         **kwargs: Any,
     ) -> None:
         self.channels_last = channels_last
+        self.layer_norm = self.default_layer_norm if layer_norm is None else layer_norm
         self.normalize_values = self.default_normalize_values if normalize_values is None else normalize_values
         self.lstm_hidden_size = self.default_lstm_hidden_size if lstm_hidden_size is None else lstm_hidden_size
         self.n_lstm_layers = n_lstm_layers
@@ -100,14 +106,16 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
             shared_lstm=self.shared_lstm,
             enable_critic_lstm=self.enable_critic_lstm,
             lstm_kwargs=self.lstm_kwargs,
+            layer_norm=self.layer_norm,
             channels_last=self.channels_last,
             normalize_values=self.normalize_values,
         )
         return data
 
     def make_features_extractor(self) -> BaseFeaturesExtractor:
-        """As SB3's, which tells ``NatureCNN`` that images are normalized already, but not other extractors."""
-        if not self.normalize_images and issubclass(self.features_extractor_class, BabyCNN):
+        """As SB3's, which tells its own extractors that images are normalized already, but not others."""
+        is_ours = issubclass(self.features_extractor_class, BabyCNN | EmbeddingExtractor)
+        if not self.normalize_images and is_ours:
             self.features_extractor_kwargs = {**self.features_extractor_kwargs, "normalized_image": True}
         return super().make_features_extractor()
 
@@ -121,6 +129,9 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         self.mlp_extractor = MlpExtractor(
             self.lstm_hidden_size, net_arch=self.net_arch, activation_fn=self.activation_fn, device=self.device
         )
+        if self.layer_norm:
+            for layers in (self.mlp_extractor.policy_net, self.mlp_extractor.value_net):
+                layers.insert(0, nn.LayerNorm(self.lstm_hidden_size))
         self.value_normalizer = ValueNormalizer() if self.normalize_values else None
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -260,8 +271,10 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         else:
             if cache.convolutions is not None:
                 features = cache.convolutions.replay()
-            else:  # the LSTM does not need features without weights again
-                features = None if self.critic is None else self.extract_features(obs)
+            elif self.critic is None and isinstance(self.features_extractor, FlattenExtractor):
+                features = None  # nothing learns from their gradient
+            else:
+                features = self.extract_features(obs)
             latent = cache.lstm.replay(features, cache.envs)
         distribution, values = self._heads(latent, features)
         return values, distribution.log_prob(actions), distribution.entropy()
@@ -327,16 +340,14 @@ class LstmActorCriticCnnPolicy(LstmActorCriticPolicy):
     default_features_extractor_class = BabyCNN
     default_net_arch = ()
     default_lstm_hidden_size = 256
+    default_layer_norm = False
     default_normalize_values = False
 
 
 class LstmMultiInputActorCriticPolicy(LstmActorCriticPolicy):
     """
-    As :class:`LstmActorCriticPolicy`, for dictionaries of observations: SB3's ``CombinedExtractor`` before the LSTM.
-    Alias: ``MultiInputLstmPolicy``.
+    As :class:`LstmActorCriticPolicy`, for dictionaries of observations. Alias: ``MultiInputLstmPolicy``.
     """
-
-    default_features_extractor_class = CombinedExtractor
 
 
 MlpLstmPolicy = LstmActorCriticPolicy

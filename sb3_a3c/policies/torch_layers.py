@@ -1,4 +1,4 @@
-"""The convolutions of baby-a3c, and an LSTM run over rollouts."""
+"""What comes before the LSTM (an embedding, or the convolutions of baby-a3c), and an LSTM run over rollouts."""
 
 from itertools import pairwise
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_a3c.policies.overrides import is_traced, is_unmodified
@@ -132,6 +133,45 @@ class BabyCNN(BaseFeaturesExtractor):
         # layers that share their weights have fewer parameters
         same_layers = repr((self.cnn, self.linear)) == self._original_layers and len(list(self.cnn.parameters())) == 8
         return is_unmodified(self, BabyCNN) and same_layers and all(is_unmodified(m, type(m)) for m in self.modules())
+
+
+class EmbeddingExtractor(BaseFeaturesExtractor):
+    """
+    SB3's ``FlattenExtractor``, or its ``CombinedExtractor`` for a dictionary, and behind it a linear layer with layer
+    normalization (Ba et al. 2016, arXiv:1607.06450) and tanh. An LSTM learns more steadily from these features than from a
+    few numbers of any size.
+
+    :param observation_space: any space that these extractors accept
+    :param features_dim: Number of features extracted: units of the linear layer
+    :param cnn_output_dim: of ``CombinedExtractor``
+    :param normalized_image: of ``CombinedExtractor``
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        features_dim: int = 64,
+        cnn_output_dim: int = 256,
+        normalized_image: bool = False,
+    ) -> None:
+        super().__init__(observation_space, features_dim)
+        self.flat: BaseFeaturesExtractor
+        if isinstance(observation_space, spaces.Dict):
+            self.flat = CombinedExtractor(observation_space, cnn_output_dim, normalized_image)
+        else:
+            self.flat = FlattenExtractor(observation_space)
+        self.linear = nn.Sequential(nn.Linear(self.flat.features_dim, features_dim), nn.LayerNorm(features_dim), nn.Tanh())
+
+    def forward(self, observations: PyTorchObs) -> th.Tensor:
+        # (batch, …) -> (batch, n) -> (batch, features_dim)
+        features: th.Tensor = self.linear(self.flat(observations))
+        return features
+
+    def is_original(self) -> bool:
+        """True if it flattens, and its layers are as the constructor made them, without hooks."""
+        modules = [self, self.flat, *self.linear]
+        kinds = [EmbeddingExtractor, FlattenExtractor, nn.Linear, nn.LayerNorm, nn.Tanh]
+        return len(modules) == len(kinds) and all(map(is_unmodified, modules, kinds))
 
 
 #: Hidden and cell state, each (n_lstm_layers, n_envs, lstm_hidden_size); empty for a policy without memory.

@@ -18,7 +18,7 @@ from sb3_a3c import CnnLstmPolicy, MlpLstmPolicy, MultiInputLstmPolicy
 from sb3_a3c.policies.interface import as_recurrent
 from sb3_a3c.policies.lstm_policies import LstmActorCriticPolicy
 from sb3_a3c.policies.sampling import to_env_actions
-from sb3_a3c.policies.torch_layers import BabyCNN, LstmState
+from sb3_a3c.policies.torch_layers import BabyCNN, EmbeddingExtractor, LstmState
 
 VECTOR = spaces.Box(-np.inf, np.inf, (3,))
 IMAGE = spaces.Box(0, 255, (1, 36, 36), dtype=np.uint8)
@@ -32,8 +32,10 @@ KINDS: dict[str, tuple[type[LstmActorCriticPolicy], spaces.Space[Any], spaces.Sp
     "cnn": (CnnLstmPolicy, IMAGE, CHOICE, 1),
     "multi": (MultiInputLstmPolicy, DICT, MOVE, 1),
 }
-#: The LSTM policies with a critic without memory, and with one more layer before the LSTM.
+#: The LSTM policies with a critic without memory, and with other layers before the LSTM.
 VARIANTS = {
+    "mlp, flat": ("mlp", dict(features_extractor_class=FlattenExtractor, layer_norm=False)),
+    "mlp, flat, memoryless critic": ("mlp", dict(features_extractor_class=FlattenExtractor, enable_critic_lstm=False)),
     "mlp, memoryless critic": ("mlp", dict(enable_critic_lstm=False)),
     "cnn, memoryless critic": ("cnn", dict(enable_critic_lstm=False)),
     "cnn, features_dim": ("cnn", dict(features_extractor_kwargs=dict(features_dim=20))),
@@ -361,7 +363,7 @@ def test_cached_evaluation_equals_evaluation(variant: LstmActorCriticPolicy) -> 
     obs = sample_obs(policy.observation_space, N_STEPS, N_ENVS)
     state = policy.initial_state(N_ENVS)
     cache = policy.new_activation_cache(N_STEPS, [slice(0, N_ENVS)])
-    assert (cache is not None) == isinstance(policy.features_extractor, (BabyCNN, FlattenExtractor))
+    assert (cache is None) == isinstance(policy, MultiInputLstmPolicy)
     acted, actions = state, []
     policy.set_training_mode(False)
     for t in range(N_STEPS):
@@ -435,9 +437,11 @@ def test_default_network_of_other_observations(cls: type[MlpLstmPolicy]) -> None
     policy = cls(spaces.Dict({"v": VECTOR}) if cls is MultiInputLstmPolicy else VECTOR, CHOICE, lambda _: 1e-4)
     assert (policy.lstm.hidden_size, policy.net_arch) == (64, [64])
     assert policy.value_normalizer is not None
-    # LSTM with its two biases, a layer for each head, heads
+    # embedding, LSTM with its two biases, a layer for each head, heads; layer normalization has two parameters a unit
     n_parameters = sum(parameter.numel() for parameter in policy.parameters())
-    assert n_parameters == 4 * 64 * (3 + 64 + 2) + 2 * 65 * 64 + 65 * 4 + 65
+    assert n_parameters == (4 + 2) * 64 + 4 * 64 * (64 + 64 + 2) + 2 * (65 + 2) * 64 + 65 * 4 + 65
+    assert isinstance(policy.features_extractor, EmbeddingExtractor)
+    assert [type(layer) for layer in policy.mlp_extractor.value_net] == [th.nn.LayerNorm, th.nn.Linear, th.nn.Tanh]
 
 
 @pytest.mark.parametrize("kind", ["cnn", "multi"])
@@ -509,7 +513,8 @@ def test_arguments_of_a_shared_lstm_change_nothing(kind: str) -> None:
 
 @pytest.mark.parametrize("kwargs", [dict(enable_critic_lstm=False), dict(enable_critic_lstm=False, shared_lstm=False)])
 def test_critic_without_memory_is_sb3_contribs(kwargs: dict[str, Any]) -> None:
-    policy = make("mlp", net_arch=[8], normalize_values=False, **kwargs)
+    flat_features = dict(features_extractor_class=FlattenExtractor, layer_norm=False)
+    policy = make("mlp", net_arch=[8], normalize_values=False, **flat_features, **kwargs)
     theirs = ContribMlpLstmPolicy(VECTOR, CHOICE, lambda _: 1e-4, net_arch=[8], lstm_hidden_size=HIDDEN, **kwargs)
     theirs.load_state_dict({re.sub(r"^lstm\.", "lstm_actor.", name): value for name, value in policy.state_dict().items()})
     state, starts = random_state(policy), STARTS.float()

@@ -1,4 +1,4 @@
-"""``BabyCNN``, and an LSTM run over rollouts."""
+"""``BabyCNN``, ``EmbeddingExtractor``, and an LSTM run over rollouts."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import NatureCNN
 from torch import nn
 
-from sb3_a3c import CnnLstmPolicy
-from sb3_a3c.policies.torch_layers import IMAGES_AT_ONCE, BabyCNN, is_standard_lstm, run_lstm
+from sb3_a3c import CnnLstmPolicy, MlpLstmPolicy, MultiInputLstmPolicy
+from sb3_a3c.policies.torch_layers import IMAGES_AT_ONCE, BabyCNN, EmbeddingExtractor, is_standard_lstm, run_lstm
 
 CHOICE = spaces.Discrete(4)
 
@@ -86,6 +86,30 @@ def test_baby_cnn_takes_what_nature_cnn_takes(space: spaces.Box, normalized: boo
 def test_baby_cnn_refuses_other_precisions() -> None:
     with pytest.raises(ValueError, match=r"can't compute in torch.float16. Use th.float32 or th.bfloat16"):
         BabyCNN(images_of(2, 20, 27), dtype=th.float16)
+
+
+def test_embedding_is_a_normalized_layer_with_tanh() -> None:
+    extractor = EmbeddingExtractor(spaces.Box(-1, 1, (2, 3)), features_dim=5)
+    observations = th.randn(4, 2, 3)
+    linear, norm, _ = extractor.linear
+    assert isinstance(linear, nn.Linear)
+    assert isinstance(norm, nn.LayerNorm)
+    sums = observations.reshape(4, 6) @ linear.weight.T + linear.bias
+    centered = sums - sums.mean(dim=1, keepdim=True)
+    expected = th.tanh(centered / (centered.square().mean(dim=1, keepdim=True) + norm.eps).sqrt())
+    th.testing.assert_close(extractor(observations), expected)
+    assert extractor.features_dim == 5
+
+
+def test_embedding_of_a_dictionary_and_of_a_choice() -> None:
+    parts: dict[str, spaces.Space[Any]] = {"image": images_of(3, 36, 36), "vector": spaces.Box(-1, 1, (2,))}
+    extractor = EmbeddingExtractor(spaces.Dict(parts), cnn_output_dim=10)
+    assert extractor.linear[0].in_features == 10 + 2
+    assert extractor({"image": th.rand(7, 3, 36, 36), "vector": th.rand(7, 2)}).shape == (7, 64)
+    normalized = spaces.Dict({"image": spaces.Box(0.0, 1.0, (3, 36, 36))})
+    policy = MultiInputLstmPolicy(normalized, CHOICE, lambda _: 1e-4, normalize_images=False)
+    assert isinstance(policy.features_extractor, EmbeddingExtractor)
+    assert MlpLstmPolicy(spaces.Discrete(5), CHOICE, lambda _: 1e-4).lstm.input_size == 64
 
 
 def test_lstm_is_called_once_for_each_stretch_between_episode_starts() -> None:

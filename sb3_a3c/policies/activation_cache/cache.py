@@ -15,7 +15,7 @@ from torch import nn
 from sb3_a3c.policies.activation_cache.convolutions import ConvolutionCache
 from sb3_a3c.policies.activation_cache.lstm import LstmCache
 from sb3_a3c.policies.overrides import is_unmodified
-from sb3_a3c.policies.torch_layers import BabyCNN, LstmState, is_standard_lstm
+from sb3_a3c.policies.torch_layers import BabyCNN, EmbeddingExtractor, LstmState, is_standard_lstm
 
 #: Limit of a worker's cache; 160 images of 84x84 need 55 MB.
 MAX_CACHE_BYTES = 256 * 2**20
@@ -24,7 +24,7 @@ MAX_CACHE_BYTES = 256 * 2**20
 class ChunkCache(NamedTuple):
     """The part of a cache that belongs to the environments of one chunk."""
 
-    convolutions: ConvolutionCache | None  #: None if the features extractor has no weights
+    convolutions: ConvolutionCache | None  #: None if the features extractor has none
     lstm: LstmCache
     envs: slice
 
@@ -43,7 +43,7 @@ class ActivationCache:
 
     @property
     def extractor(self) -> Callable[[th.Tensor], th.Tensor] | None:
-        """Takes the place of the policy's features extractor while recording; None if that has no weights."""
+        """Takes the place of the policy's features extractor while recording; None if that has no convolutions."""
         return self._record_images if self._convolutions else None
 
     def _record_images(self, images: th.Tensor) -> th.Tensor:
@@ -72,8 +72,11 @@ def new_activation_cache(
     modified (acting and learning could then differ), or if the cache would be too large.
     """
     cnn = extractor if isinstance(extractor, BabyCNN) else None
-    original = is_unmodified(extractor, FlattenExtractor) if cnn is None else cnn.is_original()
-    if not (original and is_standard_lstm(lstm)):
+    if isinstance(extractor, BabyCNN | EmbeddingExtractor):
+        is_original = extractor.is_original()
+    else:
+        is_original = is_unmodified(extractor, FlattenExtractor)
+    if not (is_original and is_standard_lstm(lstm)):
         return None
     n_bytes = LstmCache.bytes_per_transition(lstm) + (0 if cnn is None else ConvolutionCache.bytes_per_transition(cnn))
     too_large = n_steps * chunks[-1].stop * n_bytes > MAX_CACHE_BYTES

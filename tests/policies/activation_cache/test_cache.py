@@ -12,7 +12,7 @@ from torch import nn
 
 from sb3_a3c.policies.activation_cache import cache as cache_module
 from sb3_a3c.policies.activation_cache.cache import ActivationCache, new_activation_cache
-from sb3_a3c.policies.torch_layers import BabyCNN, run_lstm
+from sb3_a3c.policies.torch_layers import BabyCNN, EmbeddingExtractor, run_lstm
 
 SPACE = spaces.Box(0, 255, (2, 20, 27), dtype=np.uint8)
 CHUNKS = [slice(0, 2), slice(2, 3)]
@@ -22,7 +22,7 @@ def new_cache(extractor: BaseFeaturesExtractor, **lstm_kwargs: Any) -> Activatio
     return new_activation_cache(extractor, nn.LSTM(extractor.features_dim, 8, **lstm_kwargs), 2, CHUNKS)
 
 
-@pytest.mark.parametrize("extractor_class", [BabyCNN, FlattenExtractor])
+@pytest.mark.parametrize("extractor_class", [BabyCNN, EmbeddingExtractor, FlattenExtractor])
 def test_each_chunk_replays_its_environments(extractor_class: type[BaseFeaturesExtractor]) -> None:
     extractor = extractor_class(SPACE)
     lstm = nn.LSTM(extractor.features_dim, 8)
@@ -31,7 +31,7 @@ def test_each_chunk_replays_its_environments(extractor_class: type[BaseFeaturesE
     observations, starts = th.rand(2, 3, *SPACE.shape), th.tensor([[False] * 3, [False, True, False]])
     state = first = (th.randn(1, 3, 8), th.randn(1, 3, 8))
     extract = cache.extractor or extractor
-    assert (cache.extractor is None) == (extractor_class is FlattenExtractor)
+    assert (cache.extractor is None) == (extractor_class is not BabyCNN)
     with th.no_grad():
         for images, now in zip(observations, starts, strict=True):
             _, state = cache.record(extract(images), state, now)  # type: ignore[assignment]
@@ -74,6 +74,21 @@ def test_no_cache_for_edited_convolutions(edit: Callable[[nn.Sequential], object
     cnn = BabyCNN(SPACE)
     edit(cnn.cnn)
     assert new_cache(cnn) is None
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda extractor: extractor.linear.append(nn.Dropout()),
+        lambda extractor: extractor.linear.__setitem__(1, nn.BatchNorm1d(64)),
+        lambda extractor: extractor.linear[0].register_forward_hook(lambda module, inputs, output: 2 * output),
+    ],
+)
+def test_no_cache_for_edited_embedding(edit: Callable[[EmbeddingExtractor], object]) -> None:
+    extractor = EmbeddingExtractor(SPACE)
+    assert new_cache(extractor) is not None
+    edit(extractor)
+    assert new_cache(extractor) is None
 
 
 def test_no_cache_for_lstm_with_dropout() -> None:
