@@ -273,12 +273,12 @@ def test_every_learn_starts_different_episodes_after_a_seed_was_set() -> None:
     assert first[0] != first[1] != first[2] != first[0]
 
 
-def test_defaults_are_those_of_baby_a3c_except_for_the_learning_rate() -> None:
+def test_defaults_are_those_of_baby_a3c_except_for_learning_rate_and_entropy() -> None:
     model = A3C("MlpLstmPolicy", "CartPole-v1")
     group = model.policy.optimizer.param_groups[0]
-    assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (2e-4, (0.9, 0.999), 1e-8, True)
+    assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (3e-4, (0.9, 0.999), 1e-8, True)
     assert (model.n_steps, model.gamma, model.gae_lambda) == (20, 0.99, 1.0)
-    assert (model.ent_coef, model.vf_coef, model.max_grad_norm) == (0.01, 0.5, 40.0)
+    assert (model.ent_coef, model.vf_coef, model.max_grad_norm) == (0.003, 0.5, 40.0)
     assert model.device == th.device("cpu")
     assert model.policy_kwargs == {}
 

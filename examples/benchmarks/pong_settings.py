@@ -1,8 +1,8 @@
 """
 One run of the search for the settings that learn Pong soonest:
 
-    python examples/benchmarks/pong_settings.py --learning-rate 4e-4 --envs-per-update 8
-    python examples/benchmarks/pong_settings.py --learning-rate 4e-4 --envs-per-update 8 --seconds 15
+    python examples/benchmarks/pong_settings.py --learning-rate 2e-4 --ent-coef 0.01
+    python examples/benchmarks/pong_settings.py --learning-rate 2e-4 --ent-coef 0.01 --seconds 15
 
 Leaves the logged curve (``progress.csv``), checkpoints and the final model in ``logs/pong_settings/<settings>/``. What is
 not given is as in ``train_atari.py``. Timesteps are decisions of the agent; the score is that of training. With
@@ -95,11 +95,11 @@ def main() -> None:
     parser.add_argument("--n-envs", type=int, default=16)
     parser.add_argument("--n-steps", type=int, default=20)
     parser.add_argument("--envs-per-update", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--anneal", action="store_true", help="let the learning rate fall linearly to 0")
     parser.add_argument("--warm-up", type=int, default=0, help="let the learning rate rise over so many timesteps")
     parser.add_argument("--gae-lambda", type=float, default=1.0)
-    parser.add_argument("--ent-coef", type=float, default=0.01)
+    parser.add_argument("--ent-coef", type=float, default=0.003)
     parser.add_argument("--max-grad-norm", type=float, default=40.0)
     parser.add_argument("--beta1", type=float, default=0.9, help="of Adam")
     parser.add_argument("--rms-prop", action="store_true", help="instead of Adam")

@@ -31,14 +31,20 @@ class HiddenVelocities(gym.ObservationWrapper[Any, Any, Any]):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
-    ("env_id", "learning_rate", "n_timesteps", "least"),
-    [("CartPole-v1", 1e-3, 100_000, 400), ("CartPole-v1", 2e-4, 100_000, 200), ("Acrobot-v1", 1e-3, 300_000, -120)],
+    ("env_id", "wrapper", "kwargs", "n_timesteps", "least"),
+    [
+        ("CartPole-v1", None, dict(learning_rate=1e-3), 100_000, 400),
+        ("CartPole-v1", None, {}, 100_000, 200),
+        ("CartPole-v1", HiddenVelocities, dict(learning_rate=1e-3), 200_000, 400),
+        ("Acrobot-v1", None, dict(learning_rate=1e-3), 300_000, -120),
+        ("Acrobot-v1", None, {}, 300_000, -120),
+    ],
 )
-def test_a_port_learns(env_id: str, learning_rate: float, n_timesteps: int, least: float, seed: int) -> None:
+def test_a_port_learns(env_id: str, wrapper: Any, kwargs: dict[str, Any], n_timesteps: int, least: float, seed: int) -> None:
     """With defaults except for the learning rate, and rewards as they are."""
-    env = make_vec_env(env_id, n_envs=8)
-    model = A3C("MlpLstmPolicy", env, learning_rate=learning_rate, n_workers=2, seed=seed).learn(n_timesteps)
-    assert final_return(model, env_id, seed) >= least
+    env = make_vec_env(env_id, n_envs=8, wrapper_class=wrapper)
+    model = A3C("MlpLstmPolicy", env, n_workers=2, seed=seed, **kwargs).learn(n_timesteps)
+    assert final_return(model, env_id, seed, wrapper) >= least
 
 
 @pytest.mark.parametrize("seed", range(3))
