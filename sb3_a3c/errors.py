@@ -15,7 +15,9 @@ class WorkerDiedError(A3CError, RuntimeError):
     message names the signal or the exit code.
     """
 
-    worker: int = -1  #: index of the worker
+    worker: int = -1  #: index of the worker, or the first of ``workers``
+    workers: tuple[int, ...] = ()  #: that died of one cause
+    can_be_replaced: bool = True  #: False if there is no place for other workers
 
 
 class RemoteTraceback(A3CError):  # noqa: N818
