@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable
 from dataclasses import fields
+from functools import partial
 from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
@@ -47,6 +48,7 @@ from sb3_a3c.version import __version__
 from sb3_a3c.workers.assignment import Assignment
 from sb3_a3c.workers.callback_locals import can_see_observations, install
 from sb3_a3c.workers.collector import HogwildCollector
+from sb3_a3c.workers.worker_processes import workers_here
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
 _hyperparam_values = attrgetter(*(field.name for field in fields(Hyperparams)[:-1]))  # without ``trainable``
@@ -322,9 +324,8 @@ class A3C(OnPolicyAlgorithm):
             steps_before=self.num_timesteps,
             total_steps=self._total_timesteps,
             learning_rate=lambda progress: check_rate("lr_schedule", self.lr_schedule, progress),
-            start_method=self.start_method,
+            make_workers=partial(workers_here, start_method=self.start_method, timeout=self.worker_timeout),
             max_restarts=self.max_worker_restarts,
-            timeout=self.worker_timeout,
         )
 
     def _stop_workers(self) -> None:
@@ -457,10 +458,8 @@ class A3C(OnPolicyAlgorithm):
             if self._collector.statistics.learning_rate is not None:
                 self.logger.record("train/learning_rate", self._collector.statistics.learning_rate)
             self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-            for key, value in self._collector.statistics.pop().items():
+            for key, value in self._collector.pop_figures().items():
                 self.logger.record(key, value)
-            if self._collector.n_restarts > 0:
-                self.logger.record("time/worker_restarts", self._collector.n_restarts)
             if hasattr(self.policy, "log_std"):
                 self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
         super().dump_logs(iteration)
@@ -513,7 +512,7 @@ class A3C(OnPolicyAlgorithm):
     def get_parameters(self) -> dict[str, dict[str, Any]]:
         """As SB3's ``get_parameters``; while workers run, with the current state of the shared optimizer."""
         if self._collector is not None:
-            self._collector.store.fetch_optimizer(self.policy)
+            self._collector.fetch_optimizer(self.policy)
         parameters: dict[str, dict[str, Any]] = super().get_parameters()
         return parameters
 
@@ -529,7 +528,7 @@ class A3C(OnPolicyAlgorithm):
         super().set_parameters(load_path_or_dict, exact_match, device)
         if self._collector is not None:
             check_finite(self.policy)
-            self._collector.store.load_policy(self.policy)
+            self._collector.load_policy(self.policy)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """

@@ -16,7 +16,7 @@ import torch as th
 from sb3_a3c.errors import RemoteTraceback, WorkerDiedError
 from sb3_a3c.processes.channel import WorkerChannel
 from sb3_a3c.processes.supervisor import Supervisor
-from sb3_a3c.workers.collector import PRELOAD
+from sb3_a3c.workers.worker_processes import PRELOAD
 
 pytestmark = pytest.mark.timeout(60)
 Start = Callable[..., Supervisor]
