@@ -20,6 +20,13 @@ class WorkerDiedError(A3CError, RuntimeError):
     can_be_replaced: bool = True  #: False if there is no place for other workers
 
 
+class ClusterLostError(A3CError, RuntimeError):
+    """
+    The cluster on whose hosts A3C's workers learned can't be reached any more: most likely its head has died. The model has
+    everything that had arrived.
+    """
+
+
 class RemoteTraceback(A3CError):  # noqa: N818
     """
     The traceback of an exception that a worker raised, as text. It is the ``__cause__`` of the exception that ``learn``

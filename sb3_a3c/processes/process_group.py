@@ -53,6 +53,7 @@ class ProcessGroup:
     :param timeout: seconds after which a worker without a new heartbeat (:meth:`WorkerChannel.works`), or whose process does
         not run, is killed; None: never
     :param name: of the processes, before their number
+    :param place: where they run, as it follows their number in messages
     """
 
     def __init__(
@@ -63,11 +64,12 @@ class ProcessGroup:
         preload: Sequence[str] = (),
         timeout: float | None = None,
         name: str = "worker",
+        place: str = "",
     ) -> None:
         self._target = cloudpickle.dumps(target)
         self._context = process_context(start_method)
         self._preload = preload
-        self._name = name
+        self._name, self._place = name, place
         self._flags = th.zeros(1 + n_processes, 2, dtype=th.int64)  # the stop flag, and the workers' heartbeats
         self._flags.share_memory_()  # type: ignore[no-untyped-call]
         self._hang_detector = HangDetector(n_processes, timeout)
@@ -223,7 +225,7 @@ class ProcessGroup:
         self._exited.add(index)
         fault = self._hung.get(index)
         how = _how_it_ended(process.exitcode) if fault is None else f"was killed because it {fault}"
-        self._events.append((index, Died((index,), f"{self._name.capitalize()} {index} {how}")))
+        self._events.append((index, Died((index,), f"{self._name.capitalize()} {index}{self._place} {how}")))
 
 
 def _detach(processes: "dict[int, ForkServerProcess | SpawnProcess]") -> None:

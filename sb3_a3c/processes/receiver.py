@@ -31,13 +31,13 @@ Event: TypeAlias = bytes | Died
 
 class EventReceiver(ABC):
     """
-    The receiving end of ``n_workers`` workers.
+    The receiving end of ``n_workers`` workers, which exceptions call ``name`` and their number.
 
     A subclass says where events come from, and how messages go to the workers.
     """
 
-    def __init__(self, n_workers: int) -> None:
-        self._n_workers = n_workers
+    def __init__(self, n_workers: int, name: str = "worker") -> None:
+        self._n_workers, self._worker_name = n_workers, name
         self._creator = os.getpid()
         self._answers: dict[int, Answer] = {}  # by worker
         self._ended: set[int] = set()  # workers that have returned, raised or died
@@ -139,7 +139,7 @@ class EventReceiver(ABC):
         answers = {index: self._answers.pop(index) for index in requests}
         for index, answer in answers.items():
             if answer.raised is not None:
-                raise with_cause(f"worker {index}", answer.raised)
+                raise self._with_cause(index, answer.raised)
         return {index: answer.value for index, answer in answers.items()}
 
     def replaced(self, workers: Iterable[int]) -> None:
@@ -163,7 +163,7 @@ class EventReceiver(ABC):
                 self._ended.add(index)
             case Raised():
                 self._ended.add(index)
-                self._failures.append(with_cause(f"worker {index}", message))
+                self._failures.append(self._with_cause(index, message))
             case Answer():
                 self._answers[index] = message
             case _:
@@ -179,8 +179,7 @@ class EventReceiver(ABC):
         death.can_be_replaced = died.can_be_replaced
         self._failures.append(death)
 
-
-def with_cause(where: str, raised: Raised) -> BaseException:
-    """A worker's exception, with its traceback as the cause."""
-    raised.exception.__cause__ = RemoteTraceback(f"In {where}:\n{raised.traceback}")
-    return raised.exception
+    def _with_cause(self, index: int, raised: Raised) -> BaseException:
+        """A worker's exception, with its traceback as the cause."""
+        raised.exception.__cause__ = RemoteTraceback(f"In {self._worker_name} {index}:\n{raised.traceback}")
+        return raised.exception

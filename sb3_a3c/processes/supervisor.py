@@ -17,7 +17,7 @@ class Supervisor(ProcessGroup, EventReceiver):
 
     def __init__(self, target: Callable[..., None], arguments: Sequence[tuple[Any, ...]], *args: Any, **kwargs: Any) -> None:
         ProcessGroup.__init__(self, target, len(arguments), *args, **kwargs)
-        EventReceiver.__init__(self, len(arguments))
+        EventReceiver.__init__(self, len(arguments), self._name)
         self._arguments = arguments
 
     def start(self) -> None:

@@ -17,7 +17,6 @@ from sb3_a3c.envs.wrapper_state import FirstReset
 from sb3_a3c.errors import warn
 from sb3_a3c.policies.pickling import dump_policy
 from sb3_a3c.processes.machine import n_cores
-from sb3_a3c.store.base import ParameterStore
 
 #: Up to 3 rollouts of a worker wait for those of the others before they fill the others' rows; one more is on its way.
 MAX_ROLLOUTS_WAITING = 3
@@ -87,9 +86,9 @@ class Assignment:
             text += ". One environment is not asynchronous: use A3C(…, n_workers=k), or make_vec_env(…, n_envs=k)"
         return text
 
-    def arguments(self, store: ParameterStore, worker: int) -> tuple[Any, ...]:
-        """The arguments of ``run_worker`` after the channel."""
-        return store, self.shares[worker], cloudpickle.dumps(self.configs[worker])
+    def arguments(self, worker: int) -> tuple[EnvShare, bytes]:
+        """The arguments of ``run_worker`` after the channel and the store."""
+        return self.shares[worker], cloudpickle.dumps(self.configs[worker])
 
     def n_tickets(self, worker: int) -> int:
         """Number of rollouts that a worker may begin before the first of them is consumed."""

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,10 @@ LONG_STOP_SECONDS = 60.0
 HURRY_SECONDS, LOOK_SECONDS = 0.5, 0.1
 
 
+#: Makes the workers of an assignment, with a store.
+MakeWorkers: TypeAlias = Callable[[Assignment, SharedMemoryStore], Workers]
+
+
 class HogwildCollector:
     """
     Workers that learn on shared parameters, and what they report. They start at once and run until :meth:`stop`. Until
@@ -65,7 +69,6 @@ class HogwildCollector:
     :param steps_before: transitions made in earlier calls of ``learn``
     :param total_steps: goal, ``steps_before`` included; may be infinite
     :param learning_rate: of the remaining progress (1 to 0); called for each rollout, in this process
-    :param make_workers: of an assignment and a store
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class HogwildCollector:
         steps_before: int,
         total_steps: float,
         learning_rate: Callable[[float], float],
-        make_workers: Callable[[Assignment, SharedMemoryStore], Workers] = workers_here,
+        make_workers: MakeWorkers = workers_here,
         max_restarts: int = 0,
     ) -> None:
         self._env = env = assignment.env
@@ -177,6 +180,10 @@ class HogwildCollector:
         """Copy the present state of the shared optimizer into ``policy.optimizer``."""
         self._workers.sync(with_optimizer=True)
         self.store.fetch_optimizer(policy)
+
+    def pop_hint(self) -> str:
+        """What keeps training from going well, if that has just been found."""
+        return self.statistics.pop_hint() or self._workers.pop_hint()
 
     def pop_figures(self) -> Mapping[str, Any]:
         """Values for the logger since the last call."""

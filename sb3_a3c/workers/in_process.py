@@ -86,6 +86,9 @@ class InProcessWorker:
     def sync(self, with_optimizer: bool = False) -> None:
         pass
 
+    def pop_hint(self) -> str:
+        return ""
+
     def pop_figures(self) -> Mapping[str, Any]:
         return {}
 

@@ -119,6 +119,9 @@ class Workers(Protocol):
     def sync(self, with_optimizer: bool = False) -> None:
         """Bring the parameters and counters of the store up to date, and on demand the state of its optimizer."""
 
+    def pop_hint(self) -> str:
+        """What keeps workers from working well, if that has just been found; else an empty text."""
+
     def pop_figures(self) -> Mapping[str, Any]:
         """Values for the logger since the last call."""
 

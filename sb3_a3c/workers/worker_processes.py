@@ -27,20 +27,23 @@ class WorkerProcesses(Supervisor):
     def __init__(
         self, assignment: Assignment, store: ParameterStore, start_method: str | None = None, timeout: float | None = None
     ) -> None:
-        arguments = [assignment.arguments(store, worker) for worker in range(assignment.n_workers)]
+        arguments = [(store, *assignment.arguments(worker)) for worker in range(assignment.n_workers)]
         super().__init__(run_worker, arguments, start_method, PRELOAD, timeout)
         self.n_here = assignment.n_workers
         self._assignment, self._store = assignment, store
 
     def replace_all(self, workers: Iterable[int]) -> None:
         for worker in workers:
-            self.replace(worker, self._assignment.arguments(self._store, worker))
+            self.replace(worker, (self._store, *self._assignment.arguments(worker)))
 
     def load(self, policy: ActorCriticPolicy) -> None:
         self._store.load_policy(policy)
 
     def sync(self, with_optimizer: bool = False) -> None:
         pass
+
+    def pop_hint(self) -> str:
+        return ""
 
     def pop_figures(self) -> Mapping[str, Any]:
         return {}
