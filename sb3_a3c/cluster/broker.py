@@ -23,7 +23,7 @@ import torch as th
 
 from sb3_a3c.cluster.engine import Agent, Engine, HostLostError, Node
 from sb3_a3c.cluster.exchange import Center
-from sb3_a3c.cluster.host import Opening, versions
+from sb3_a3c.cluster.host import Opening
 from sb3_a3c.cluster.messages import (
     Begin,
     Close,
@@ -188,7 +188,7 @@ class Broker:
                 self._last_node[worker] = link.node
             return Opening(
                 link.node.name,
-                versions(),
+                begin.versions,
                 begin.policy,
                 begin.n_workers,
                 link.workers,
@@ -296,6 +296,7 @@ class HostLink:
             self._reason = self._reason or str(error)
         except Exception as error:
             if not self._is_closed:
+                self._is_closed = True
                 self.broker.fail(error)
         self.is_open = False
         self._is_over.set()

@@ -11,6 +11,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_a3c.cluster.broker import run_broker
 from sb3_a3c.cluster.engine import Engine, Node, deal_hosts
+from sb3_a3c.cluster.host import versions
 from sb3_a3c.cluster.messages import (
     Begin,
     Close,
@@ -24,7 +25,7 @@ from sb3_a3c.cluster.messages import (
     StopWorkers,
     Sync,
 )
-from sb3_a3c.cluster.ray_engine import RayEngine
+from sb3_a3c.cluster.ray_engine import RayEngine, environ
 from sb3_a3c.errors import ClusterLostError, WorkerDiedError, warn
 from sb3_a3c.policies.pickling import dump_policy
 from sb3_a3c.processes.channel import dumps
@@ -114,6 +115,7 @@ class ClusterWorkers(EventReceiver):
     def _begin(self, plan: list[tuple[Node, tuple[int, ...]]]) -> None:
         workers = [worker for _, workers in plan for worker in workers]
         begin = Begin(
+            versions(),
             bytes(ForkingPickler.dumps(self._store)),  # not its content: the broker maps the same memory
             self._assignment.configs[0].policy,
             self._n_workers,
@@ -232,7 +234,8 @@ class ClusterWorkers(EventReceiver):
 
 def engine_of(cluster: str | dict[str, Any]) -> Callable[[], Engine]:
     """Makes the engine for A3C's argument ``cluster``."""
-    return functools.partial(RayEngine, **({"address": cluster} if isinstance(cluster, str) else cluster))
+    arguments = {"address": cluster} if isinstance(cluster, str) else cluster
+    return functools.partial(RayEngine, **arguments, environ=environ())
 
 
 def _all_free(nodes: Iterable[Node]) -> list[Node]:

@@ -41,6 +41,7 @@ class Closed(NamedTuple):
 class Begin(NamedTuple):
     """To the broker: open the hosts of a plan."""
 
+    versions: dict[str, str]  #: that hosts must have
     store: bytes  #: the center's, pickled by multiprocessing, so that its memory stays shared
     policy: bytes
     n_workers: int

@@ -5,6 +5,7 @@ import importlib
 import os
 import socket
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,14 @@ class RayEngine:
 
     :param address: "auto" or "host:port" of the head
     :param runtime_env: as for ``ray.init``
+    :param environ: the environment variables that Ray reads, as they are in the user's process
     :raises ValueError: if there is no such cluster, or it refuses the connection
     """
 
-    def __init__(self, address: str = "auto", runtime_env: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, address: str, runtime_env: dict[str, Any] | None = None, environ: Mapping[str, str] | None = None
+    ) -> None:
+        os.environ.update(environ or {})  # this process has those with which the fork server was started
         has_token = _use_token()
         import ray
 
@@ -115,6 +120,11 @@ class RayAgent:
     def kill(self) -> None:
         with contextlib.suppress(Exception):  # the cluster may be gone
             self._ray.kill(self._actor)
+
+
+def environ() -> dict[str, str]:
+    """The environment variables that Ray reads."""
+    return {key: value for key, value in os.environ.items() if key.startswith("RAY_")}
 
 
 def _use_token() -> bool:
