@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from sb3_a3c import A3C
 from sb3_a3c.cluster import host
+from sb3_a3c.errors import ClusterLostError
 from tests.toy_envs import Countdown, StepCounter
 
 pytestmark = pytest.mark.timeout(180)
