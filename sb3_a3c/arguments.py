@@ -91,7 +91,7 @@ def _check_cluster(values: Mapping[str, Any]) -> None:
             f"like, `runtime_env`, not {cluster!r}."
         )
     if importlib.util.find_spec("ray") is None:
-        raise ValueError(f'`cluster={cluster!r}` needs Ray, which is not installed: pip install "sb3-a3c[cluster]".')
+        raise ValueError(f'`cluster={cluster!r}` needs Ray, which is not installed: pip install "ray>=2.54,<3".')
     if values.get("take_turns"):
         raise ValueError("`take_turns` is not possible on a cluster: leave out `take_turns` or `cluster`.")
     if values.get("n_workers") == 0:

@@ -1,6 +1,7 @@
 """Training on Ray: a real cluster of three nodes on this machine, with tokens. What fails is tried for real."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -22,7 +23,10 @@ from sb3_a3c.cluster import host
 from sb3_a3c.errors import ClusterLostError
 from tests.toy_envs import Countdown, StepCounter
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [
+    pytest.mark.timeout(180),
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install -e .[cluster]"),
+]
 N_STEPS, TOKEN = 5, "0123456789abcdef0123456789abcdef"
 
 
