@@ -90,12 +90,16 @@ def _check_cluster(values: Mapping[str, Any]) -> None:
             "`cluster` must be 'auto', 'host:port' of the head of a Ray cluster, or a dictionary with `address` and, if you "
             f"like, `runtime_env`, not {cluster!r}."
         )
-    if importlib.util.find_spec("ray") is None:
+    if not _has_ray():
         raise ValueError(f'`cluster={cluster!r}` needs Ray, which is not installed: pip install "ray>=2.54,<3".')
     if values.get("take_turns"):
         raise ValueError("`take_turns` is not possible on a cluster: leave out `take_turns` or `cluster`.")
     if values.get("n_workers") == 0:
         raise ValueError("n_workers=0 trains in this process: leave out `cluster`, or use n_workers=None for all its CPUs.")
+
+
+def _has_ray() -> bool:
+    return importlib.util.find_spec("ray") is not None
 
 
 def check_names(others: Collection[str], policy: Any, policy_kwargs: Mapping[str, Any] | None) -> None:

@@ -54,11 +54,7 @@ def run_broker(channel: WorkerChannel, connect: Callable[[], Engine]) -> None:
     """Body of the broker's process."""
     th.set_num_threads(1)
     channel.works()  # from now on this process may start others
-    engine = connect()
-    try:
-        Broker(channel, engine).run()
-    finally:
-        engine.close()
+    Broker(channel, connect()).run()  # where it raises, the agents end with this process
 
 
 class Broker:
@@ -102,7 +98,7 @@ class Broker:
         told = f"Host {link.node.name} {reason}. Its workers {', '.join(map(str, link.workers))} are gone."
         can_be_replaced = bool(self._candidates(link.workers))
         if not can_be_replaced:
-            told += f" No host of the cluster has {len(link.workers)} free CPUs for others in their place."
+            told += f" No host of the cluster has CPUs for {len(link.workers)} others."
         self.send([(link.workers[0], Died(link.workers, told, can_be_replaced))])
 
     def _candidates(self, workers: Sequence[int]) -> list[Node]:
@@ -168,7 +164,7 @@ class Broker:
             if nodes := self._candidates(workers):
                 self._open(tuple(workers), nodes, arguments)
             else:
-                told = f"No host of the cluster has {len(workers)} free CPUs for the workers {workers} any more."
+                told = f"No host of the cluster has CPUs for the workers {', '.join(map(str, workers))} any more."
                 self.send([(workers[0], Died(tuple(workers), told, can_be_replaced=False))])
 
     def _open(self, workers: tuple[int, ...], nodes: Sequence[Node], arguments: Mapping[int, bytes]) -> None:

@@ -135,6 +135,11 @@ class ClusterWorkers(EventReceiver):
             self._broker.wait(max(0.0, deadline - time.monotonic()) if deadline != float("inf") else None)
         except WorkerDiedError as death:
             self._lose_all(death)
+        except BaseException:
+            if self._broker.finished:  # it has raised that, and no worker can be reached any more
+                self._is_lost = True
+                self._ended.update(range(self._n_workers))
+            raise
         for _, message in self._broker.take():
             if isinstance(message, list):
                 self._events += message

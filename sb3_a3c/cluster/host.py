@@ -25,7 +25,7 @@ from sb3_a3c.workers.worker_processes import PRELOAD
 #: Seconds without a call after which a host ends. The broker gives it up sooner.
 LEASE_SECONDS = 60.0
 #: Seconds that :meth:`Host.listen` waits for events.
-LISTEN_SECONDS = 1.0
+LISTEN_SECONDS = 0.25
 
 
 @dataclass(frozen=True)

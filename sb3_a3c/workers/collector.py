@@ -30,9 +30,8 @@ from sb3_a3c.envs.wrapper_state import WrapperCounts, continue_from, finish_vide
 from sb3_a3c.errors import WorkerDiedError, warn
 from sb3_a3c.processes.machine import n_cores
 from sb3_a3c.processes.signals import uninterrupted
-from sb3_a3c.store.base import ParameterStore
 from sb3_a3c.store.shared_memory import NO_GOAL, SharedMemoryStore
-from sb3_a3c.workers.assignment import MAX_ROLLOUTS_WAITING, Assignment
+from sb3_a3c.workers.assignment import MAX_ROLLOUTS_WAITING, Assignment, counted
 from sb3_a3c.workers.env_proxy import EnvProxy, call_users_env
 from sb3_a3c.workers.protocol import (
     EnvCall,
@@ -86,19 +85,17 @@ class HogwildCollector:
         self._assignment = assignment
         self._n_workers = assignment.n_workers
         has_processes = bool(assignment.shares)
-        store = SharedMemoryStore(policy, self._n_workers, int(min(total_steps, NO_GOAL)), steps_before, has_processes)
-        self.store: ParameterStore = store
+        goal = int(min(total_steps, NO_GOAL))
+        self.store = SharedMemoryStore(policy, self._n_workers, goal, steps_before, share_memory=has_processes)
         self.statistics = TrainingStatistics()
         self._assembler = StepAssembler(env.num_envs, MAX_ROLLOUTS_WAITING)
         self._normalize = StatisticsMerger(env, self._n_workers)
         self._monitor_rows = MonitorRows(env) if assignment.on_other_hosts else None
         self._statistics_of: list[deque[RolloutStatistics]] = [deque() for _ in range(self._n_workers)]  # not consumed yet
-        self._n_reported = [0] * self._n_workers  # transitions
-        self._steps_before, self._total_steps, self._learning_rate = steps_before, total_steps, learning_rate
-        self._tickets = Tickets(assignment)
+        self._total_steps, self._learning_rate = total_steps, learning_rate
+        self._tickets = Tickets(assignment, steps_before)
         self._done: set[int] = set()  # workers that make no more rollouts
         self._given_up: set[int] = set()  # dead workers that could not be replaced
-        self._is_goal_reported = False
         self._wrapper_counts: dict[int, WrapperCounts] = {}  # of workers that have sent their final state
         self._max_restarts = max_restarts
         self._pid = os.getpid()
@@ -108,7 +105,7 @@ class HogwildCollector:
         self._n_threads = th.get_num_threads()
         if has_processes:
             finish_videos(env)
-        self._workers = make_workers(assignment, store)
+        self._workers = make_workers(assignment, self.store)
         try:
             self._workers.start()
         except BaseException:
@@ -144,7 +141,7 @@ class HogwildCollector:
             # its other environments' rollouts are used up with this one, or soon
             if env_index == self._assignment.env_indices[worker][0]:
                 self.statistics.add(self._statistics_of[worker].popleft())
-                self._tickets.due.append(worker)
+                self._tickets.consume(worker)
         return step
 
     def update_hyperparams(self, hyperparams: Hyperparams) -> None:
@@ -272,8 +269,7 @@ class HogwildCollector:
             match message:
                 case RolloutFinished(report, deltas):
                     self._assembler.add(report)
-                    self._n_reported[worker] += report.rewards.size
-                    self._tickets.use_up(worker)
+                    self._tickets.use_up(worker, report.rewards.size)
                     self._statistics_of[worker].append(report.statistics)
                     self._normalize.merge(worker, deltas)
                     self.statistics.warn_of_skipped(report.statistics)
@@ -306,12 +302,13 @@ class HogwildCollector:
         self.n_restarts += 1
         self._assignment.renew(workers, self.n_restarts, self.hyperparams)
         for worker in workers:
-            self.store.release(worker, self._n_reported[worker])
+            self.store.release(worker, self._tickets.n_reported[worker])
             self._normalize.pop(worker)  # the user's statistics travel with the environments, and include these
             self._done.discard(worker)
         self._workers.replace_all(workers)
         for worker in workers:
             self._tickets.renew(worker, len(self._statistics_of[worker]))
+        self._stop_at_goal()
         were = "It was" if len(workers) == 1 else "They were"
         message = f"{death} {were} replaced: restart {self.n_restarts} of at most {self._max_restarts}."
         if self._env_proxy is not None and (methods := sorted(self._env_proxy.methods)):
@@ -325,31 +322,25 @@ class HogwildCollector:
         if len(self._given_up) == self._n_workers:
             raise death
         self._done.update(death.workers)
-        self._tickets.drop(death.workers)
-        warn(f"{death} Training continues with the other {self._n_workers - len(self._given_up)} workers.")
+        self._tickets.give_up(death.workers)
+        warn(f"{death} Training continues with {counted(self._n_workers - len(self._given_up), 'worker')}.")
 
     @property
     def _may_begin_more(self) -> bool:
         """Whether a worker may be sent a ticket: if they don't stop at the goal themselves, not beyond it."""
-        return self._workers.stops_at_goal or self._n_begun < self._total_steps
+        return self._workers.stops_at_goal or self._tickets.n_begun(self.hyperparams.n_steps) < self._total_steps
 
     def _stop_at_goal(self) -> None:
         """Tell workers that don't know it that there is no more to do."""
-        is_over = self._steps_before + sum(self._n_reported) >= self._total_steps
-        if is_over and not self._workers.stops_at_goal and not self._is_goal_reported:
-            self._is_goal_reported = True
+        if not self._workers.stops_at_goal and self._tickets.n_done >= self._total_steps:
             self._workers.request_stop()
-
-    @property
-    def _n_begun(self) -> int:
-        """Transitions so far, with those of the rollouts for which tickets are out."""
-        return self._steps_before + sum(self._n_reported) + self._tickets.n_transitions(self.hyperparams.n_steps)
 
     def _send_ticket(self, worker: int) -> None:
         """Let a worker begin one more rollout, with the learning rate for the progress at its end."""
-        self._tickets.send(worker)
-        learning_rate = self._learning_rate(max(0.0, 1 - self._n_begun / self._total_steps))
-        self._workers.send(worker, Ticket(learning_rate, self._normalize.pop(worker)))
+        if not self._tickets.send(worker):
+            return
+        progress = self._tickets.n_begun(self.hyperparams.n_steps) / self._total_steps
+        self._workers.send(worker, Ticket(self._learning_rate(max(0.0, 1 - progress)), self._normalize.pop(worker)))
 
     def _ask_envs(self, calls: Mapping[int, EnvCall]) -> dict[int, Any]:
         to_workers = {worker: call for worker, call in calls.items() if worker not in self._given_up}

@@ -5,6 +5,7 @@ import pickle
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from sb3_a3c.cluster.engine import Agent, HostLostError, Node
@@ -19,20 +20,22 @@ class LocalEngine:
     """
     :param n_cpus: of each host
     :param in_processes: whether each agent is a process
+    :param folder: a host is lost, and its node with it, once there is a file of its name; for agents without a process
     """
 
     warning = ""
 
-    def __init__(self, n_cpus: Sequence[int] = (2, 2), in_processes: bool = False) -> None:
+    def __init__(self, n_cpus: Sequence[int] = (2, 2), in_processes: bool = False, folder: Path | None = None) -> None:
+        self._folder = folder
         self._nodes = [Node(f"key {i}", f"host-{i}", n, n, i == 0) for i, n in enumerate(n_cpus)]
         self._in_processes = in_processes
         self._agents: list[Any] = []
 
     def nodes(self) -> list[Node]:
-        return self._nodes
+        return [node for node in self._nodes if self._folder is None or not (self._folder / node.name).exists()]
 
     def start(self, node: Node, n_cpus: int, timeout: float) -> Agent:
-        self._agents.append(ProcessAgent() if self._in_processes else ThreadAgent())
+        self._agents.append(ProcessAgent() if self._in_processes else ThreadAgent(self._folder and self._folder / node.name))
         return self._agents[-1]  # type: ignore[no-any-return]
 
     def close(self) -> None:
@@ -43,12 +46,15 @@ class LocalEngine:
 class ThreadAgent:
     """Calls are made in the caller's thread; arguments and results are copied, as on their way to another host."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path | None) -> None:
+        self._file = file  # once it is there, the host is lost
         self._host: Host | None = Host(lease=None)
 
     def call(self, method: str, *args: Any, timeout: float) -> Any:
+        if self._file is not None and self._file.exists():
+            self.kill()
         if self._host is None:
-            raise HostLostError("was ended")
+            raise HostLostError("was lost")
         return _copied(getattr(self._host, method)(*_copied(args)))
 
     def kill(self) -> None:

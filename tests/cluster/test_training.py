@@ -166,6 +166,35 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
+@pytest.mark.filterwarnings("ignore:Host host-.* Training continues")
+@pytest.mark.parametrize("n_lost", [1, 2])
+def test_hosts_are_lost_for_which_there_is_no_other(n_lost: int, local_hosts: LocalHosts, tmp_path: Path) -> None:
+    local_hosts(2, 1, folder=tmp_path)
+    answers: list[list[float]] = []
+
+    def lose(local: dict[str, Any], _: dict[str, Any]) -> bool:
+        model = local["self"]
+        if model.num_timesteps == 600:
+            for number in range(2 - n_lost, 2):
+                (tmp_path / f"host-{number}").touch()
+        if model._collector._given_up and not answers:
+            answers.append(model.get_env().env_method("reward"))
+            model.get_env().set_attr("lengths", [3])
+        return True
+
+    model = A3C("MlpPolicy", DummyVecEnv([Countdown] * 3), n_steps=N_STEPS, cluster="auto")
+    if n_lost == 1:
+        told = r"^Host host-1 was lost. Its workers 2 are gone. No host .* CPUs for 1 others. .* continues with 2 workers\.$"
+        with pytest.warns(UserWarning, match=told):
+            model.learn(4000, lose)
+        assert answers == [[1.0, 1.0, 1.0]]
+        assert 4000 <= model.num_timesteps <= 4000 + 2 * N_STEPS
+    else:
+        with pytest.raises(WorkerDiedError, match=r"^Host host-\d was lost"):
+            model.learn(10**9, lose)
+        assert model.num_timesteps >= 600
+
+
 def test_no_restart_is_left(local_hosts: LocalHosts) -> None:
     local_hosts(1, 1)
 
