@@ -207,3 +207,16 @@ def test_results_are_reproduced_quickly(tmp_path: Path) -> None:
     assert curve["timesteps"].is_monotonic_increasing
     assert curve["timesteps"].iloc[-1] == pytest.approx(2000, abs=300)
     assert curve["return"].between(9, 200).all()
+
+
+@pytest.mark.slow
+def test_cluster(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    command = [sys.executable, "-W", "error", str(EXAMPLES / "cluster.py"), "6000"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+    counts = [
+        int(n) for n in re.findall(r"^Host with agent \d+: (\d+) timesteps by 2 workers$", result.stdout, re.MULTILINE)
+    ]
+    assert len(counts) == 3 and 5900 < sum(counts) <= 7000
+    assert "Return of 20 episodes: " in result.stdout

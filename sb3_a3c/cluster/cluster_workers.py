@@ -158,7 +158,8 @@ class ClusterWorkers(EventReceiver):
                 self._ended -= set(failure.workers)
         workers = tuple(worker for worker in range(self._n_workers) if worker not in self._ended)
         if workers:
-            told = f"The process that connects this one to the cluster died, and with it all workers. {death}"
+            how = str(death).partition(". ")[0].removeprefix("Broker 0 ")
+            told = f"The process that connects this one to the cluster {how}, and with it all workers are gone."
             self._events.append((workers[0], Died(workers, told)))
 
     def send(self, index: int, message: Any) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from sb3_a3c import A3C
@@ -254,7 +256,7 @@ def test_the_broker_is_killed(cluster: Cluster) -> None:
         os.kill(pid, signal.SIGKILL)
 
     watch = Watch(n_pids=12, once=kill)
-    with pytest.warns(UserWarning, match="^The process that connects this one to the cluster died.* They were replaced"):
+    with pytest.warns(UserWarning, match="^The process that connects this one .* was killed.* They were replaced"):
         train(cluster, watch)
     assert watch.n_restarts == 1
 
@@ -326,3 +328,20 @@ make_model(Cluster({cluster.address!r}, []), seconds=0.01).learn(10**9, Watch(n_
     while (left := [pid for pid in (*agents, *map(int, pids)) if is_alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert len(agents) == 3 and not left
+
+
+@pytest.mark.slow
+def test_rl_zoo(cluster: Cluster, tmp_path: Path) -> None:
+    command = f"""train --env CartPole-v1 -n 3000 --eval-freq -1 -params cluster:'"{cluster.address}"'"""
+    result = subprocess.run(
+        [sys.executable, "-m", "sb3_a3c.zoo", *shlex.split(command)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "workers on 3 hosts" in result.stdout
+    assert list(tmp_path.glob("logs/a3c/CartPole-v1_1/CartPole-v1.zip"))
+    monitor = load_results(str(tmp_path / "logs/a3c/CartPole-v1_1"))
+    assert 2000 < monitor["l"].sum() <= 3500
