@@ -174,8 +174,8 @@ def test_three_nodes(cluster: Cluster, capfd: pytest.CaptureFixture[str]) -> Non
     logger.record = lambda key, value, exclude=None: logged.update({key: value})  # type: ignore[method-assign]
     model.set_logger(logger)
     watch = Watch(n_pids=7, once=lambda watch: agents.extend(agent(pid) for pid in watch.n_of))
-    model.learn(6000, watch, log_interval=10)
-    assert 6000 <= model.num_timesteps <= 6000 + 6 * N_STEPS
+    model.learn(3000, watch, log_interval=10)
+    assert 3000 <= model.num_timesteps <= 3000 + 6 * N_STEPS
     assert watch.n_seen == model.num_timesteps // 6 * 6
     assert model._n_updates == model.num_timesteps // N_STEPS
     assert sorted(agents.count(each) for each in set(agents)) == [2, 2, 2] and logged["time/hosts"] == 3
@@ -333,15 +333,10 @@ make_model(Cluster({cluster.address!r}, []), seconds=0.01).learn(10**9, Watch(n_
 @pytest.mark.slow
 def test_rl_zoo(cluster: Cluster, tmp_path: Path) -> None:
     command = f"""train --env CartPole-v1 -n 3000 --eval-freq -1 -params cluster:'"{cluster.address}"'"""
-    result = subprocess.run(
-        [sys.executable, "-m", "sb3_a3c.zoo", *shlex.split(command)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    zoo = [sys.executable, "-m", "sb3_a3c.zoo", *shlex.split(command)]
+    result = subprocess.run(zoo, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
-    assert "workers on 3 hosts" in result.stdout
+    assert "A3C starts 2 workers on 2 hosts" in result.stdout
     assert list(tmp_path.glob("logs/a3c/CartPole-v1_1/CartPole-v1.zip"))
     monitor = load_results(str(tmp_path / "logs/a3c/CartPole-v1_1"))
     assert 2000 < monitor["l"].sum() <= 3500
