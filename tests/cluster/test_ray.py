@@ -38,13 +38,13 @@ class Cluster(NamedTuple):
 
 
 @contextlib.contextmanager
-def running_cluster() -> Iterator[Cluster]:
+def running_cluster(mode: str = "token") -> Iterator[Cluster]:
     """Three nodes of 2 CPUs. Nothing of it is left behind."""
     if shutil.disk_usage("/dev/shm").free < 1e9:
         pytest.skip("/dev/shm has less than 1 GB for three object stores")
     checkout = Path(__file__).parents[2]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_MODE", mode)
         patch.setenv("RAY_AUTH_TOKEN", TOKEN)
         patch.setenv("PYTHONPATH", str(checkout))  # on the nodes
         with subprocess.Popen(
@@ -340,3 +340,11 @@ def test_rl_zoo(cluster: Cluster, tmp_path: Path) -> None:
     assert list(tmp_path.glob("logs/a3c/CartPole-v1_1/CartPole-v1.zip"))
     monitor = load_results(str(tmp_path / "logs/a3c/CartPole-v1_1"))
     assert 2000 < monitor["l"].sum() <= 3500
+
+
+@pytest.mark.slow
+def test_a_cluster_without_tokens() -> None:
+    with running_cluster("disabled") as cluster:
+        model = make_model(cluster, n_workers=2)
+        with pytest.warns(UserWarning, match="^The Ray cluster has no authentication.*RAY_AUTH_MODE=token"):
+            model.learn(500)
