@@ -39,6 +39,7 @@ from sb3_a3c.cluster.messages import (
     StopWorkers,
     Sync,
 )
+from sb3_a3c.errors import ClusterLostError
 from sb3_a3c.processes.channel import WorkerChannel
 from sb3_a3c.processes.receiver import Died
 
@@ -96,7 +97,11 @@ class Broker:
                     del self.links[worker]
             self.center.leave(link.number)
         told = f"Host {link.node.name} {reason}. Its workers {', '.join(map(str, link.workers))} are gone."
-        can_be_replaced = bool(self._candidates(link.workers))
+        try:
+            can_be_replaced = bool(self._candidates(link.workers))
+        except ClusterLostError as error:
+            self.fail(error)
+            return
         if not can_be_replaced:
             told += f" No host of the cluster has CPUs for {len(link.workers)} others."
         self.send([(link.workers[0], Died(link.workers, told, can_be_replaced))])
@@ -113,8 +118,8 @@ class Broker:
     def _handle(self, message: Any) -> Any:
         match message:
             case Deliver(worker):
-                if worker in self.links:
-                    self.links[worker].outbox.put(message)
+                if (link := self.links.get(worker)) is not None:
+                    link.outbox.put(message)
             case Begin():
                 self._begin = message
                 self.center = Center(pickle.loads(message.store), message.n_workers)
@@ -123,7 +128,7 @@ class Broker:
             case Replace(arguments):
                 self._replace(arguments)
             case StopWorkers():
-                for link in set(self.links.values()):
+                for link in self._all_links():
                     link.outbox.put(message)
             case Load(policy):
                 with self.lock:
@@ -135,17 +140,22 @@ class Broker:
             case PopFigures():
                 with self.lock:
                     figures, self.figures = self.figures, Figures()
-                    return figures._replace(n_hosts=len({link for link in self.links.values() if link.is_open}))
+                return figures._replace(n_hosts=sum(link.is_open for link in self._all_links()))
             case Close():
-                for link in self.links.values():
+                links = self._all_links()
+                for link in links:
                     link.abandon()
                 self._for_all(HostLink.close)
-                if self.links:
+                if links:
                     self.merge_states()
                 self.engine.close()
                 self._is_closed = True
                 self.send(Closed())
         return None
+
+    def _all_links(self) -> "set[HostLink]":
+        with self.lock:  # other threads remove some
+            return set(self.links.values())
 
     def merge_states(self) -> None:
         """Bring the center's optimizer state up to date with what hosts have sent last."""
@@ -156,16 +166,12 @@ class Broker:
         """Start workers on their host if it is alive; the others on another, together with those that they were with."""
         by_last_node: dict[str, list[int]] = {}
         for worker, content in arguments.items():
-            if worker in self.links:
-                self.links[worker].outbox.put(Start(worker, content))
+            if (link := self.links.get(worker)) is not None:
+                link.outbox.put(Start(worker, content))
             else:
                 by_last_node.setdefault(self._last_node[worker].key, []).append(worker)
         for workers in by_last_node.values():
-            if nodes := self._candidates(workers):
-                self._open(tuple(workers), nodes, arguments)
-            else:
-                told = f"No host of the cluster has CPUs for the workers {', '.join(map(str, workers))} any more."
-                self.send([(workers[0], Died(tuple(workers), told, can_be_replaced=False))])
+            self._open(tuple(workers), self._candidates(workers) or [self._last_node[workers[0]]], arguments)
 
     def _open(self, workers: tuple[int, ...], nodes: Sequence[Node], arguments: Mapping[int, bytes]) -> None:
         with self.lock:
@@ -182,16 +188,9 @@ class Broker:
             link.number = self.center.open(link.workers)
             for worker in link.workers:
                 self._last_node[worker] = link.node
-            return Opening(
-                link.node.name,
-                begin.versions,
-                begin.policy,
-                begin.n_workers,
-                link.workers,
-                self.center.answer(link.number),
-                begin.timeout,
-                begin.start_method,
-            )
+            answer = self.center.answer(link.number)
+        of_all = begin.versions, begin.policy, begin.n_workers, begin.timeout, begin.start_method
+        return Opening(*of_all, link.node.name, link.workers, answer)
 
     def _for_all(self, call: "Callable[[HostLink], None]") -> None:
         """Call something for all open hosts at the same time, and wait. One that is lost meanwhile is left out."""
@@ -202,7 +201,7 @@ class Broker:
             except HostLostError as error:
                 link.give_up(str(error))
 
-        open_links = {link for link in self.links.values() if link.is_open}
+        open_links = [link for link in self._all_links() if link.is_open]
         threads = [threading.Thread(target=checked, args=(link,), daemon=True) for link in open_links]
         for thread in threads:
             thread.start()
@@ -267,6 +266,8 @@ class HostLink:
     def _exchange(self, method: str, *args: Any) -> None:
         began, broker = time.monotonic(), self.broker
         with broker.lock:
+            if self.broker.links.get(self.workers[0]) is not self:
+                raise HostLostError("was lost")
             answer = broker.center.answer(self.number)
         contribution = self._agent.call(method, answer, *args, timeout=ANSWER_SECONDS)
         with broker.lock:

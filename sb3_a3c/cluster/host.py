@@ -32,14 +32,14 @@ LISTEN_SECONDS = 0.25
 class Opening:
     """What a host needs to know before its workers start."""
 
-    name: str  #: of the host, for people
     versions: Mapping[str, str]  #: that it must have
     policy: bytes  #: pickled, of the architecture that is trained
     n_workers: int  #: of all hosts
-    workers: tuple[int, ...]  #: of this host
-    answer: Answer  #: the center's first
     timeout: float | None  #: as for ``ProcessGroup``
     start_method: str | None  #: likewise
+    name: str  #: of the host, for people
+    workers: tuple[int, ...]  #: of this host
+    answer: Answer  #: the center's first
 
 
 def versions() -> dict[str, str]:
