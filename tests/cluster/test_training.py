@@ -133,9 +133,7 @@ def test_numbers_of_workers(n_workers: int | None, local_hosts: LocalHosts) -> N
 
 
 @pytest.mark.filterwarnings("ignore:Host host-. ", "ignore:The process that connects", "ignore:Worker . on host-. ")
-@pytest.mark.parametrize(
-    "victim", ["broker", *(pytest.param(victim, marks=pytest.mark.slow) for victim in ("worker", "agent"))]
-)
+@pytest.mark.parametrize("victim", ["broker", *(pytest.param(each, marks=pytest.mark.slow) for each in ("worker", "agent"))])
 def test_what_dies_is_replaced_and_the_count_is_exact(victim: str, local_hosts: LocalHosts, tmp_path: Path) -> None:
     """The callbacks see each transition that is counted once."""
     local_hosts(1, 1, in_processes=victim == "agent")
