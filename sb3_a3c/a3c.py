@@ -1,8 +1,10 @@
 """The algorithm class :class:`A3C`."""
 
 import io
+import threading
 from collections.abc import Iterable
 from dataclasses import fields
+from functools import partial
 from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
@@ -46,7 +48,8 @@ from sb3_a3c.store.optimizer_state import check_optimizer, check_parameters, fix
 from sb3_a3c.version import __version__
 from sb3_a3c.workers.assignment import Assignment
 from sb3_a3c.workers.callback_locals import can_see_observations, install
-from sb3_a3c.workers.collector import HogwildCollector
+from sb3_a3c.workers.collector import HogwildCollector, MakeWorkers
+from sb3_a3c.workers.worker_processes import workers_here
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
 _hyperparam_values = attrgetter(*(field.name for field in fields(Hyperparams)[:-1]))  # without ``trainable``
@@ -105,6 +108,9 @@ class A3C(OnPolicyAlgorithm):
         (out of memory, a crash in C code) or hang. A worker of a ``SubprocVecEnv`` is never replaced
     :param worker_timeout: Seconds that a worker may take for one step of its environments, or for learning from a rollout,
         before it counts as hung and is killed. None: no limit
+    :param cluster: Train on the hosts of a Ray cluster: "auto" for the one of this machine, "host:port", or a dictionary
+        with ``address`` and, if hosts need your own modules, Ray's ``runtime_env``. ``n_workers=None`` then means all its
+        free CPUs. None: on this machine. It is not saved with the model. See "Several hosts" in the documentation
     :param others: Must be empty. Arguments of other algorithms raise an error that says what to use instead
     :raises ValueError: for bad arguments, before any worker process starts
     """
@@ -150,6 +156,7 @@ class A3C(OnPolicyAlgorithm):
         start_method: str | None = None,
         max_worker_restarts: int = 10,
         worker_timeout: float | None = 300.0,
+        cluster: str | dict[str, Any] | None = None,
         **others: Any,
     ) -> None:
         check_policy(policy, self.policy_aliases)
@@ -165,6 +172,7 @@ class A3C(OnPolicyAlgorithm):
         self.start_method = start_method
         self.max_worker_restarts = max_worker_restarts
         self.worker_timeout = worker_timeout
+        self.cluster = cluster
         self._collector: HogwildCollector | None = None
         self._parameters: list[th.nn.Parameter] = []  # of the policy, while workers run
         self._optimizer: th.optim.Optimizer | None = None  # likewise
@@ -197,7 +205,7 @@ class A3C(OnPolicyAlgorithm):
         if _init_setup_model:
             self._setup_model()
             if self.env is not None:  # `load` does without: predictions need no workers
-                check_workers(self.env, self.n_workers)
+                check_workers(self.env, self.n_workers, self.cluster)
 
     def _setup_model(self) -> None:
         check_arguments(vars(self))  # in a loaded model they may differ from the constructor's
@@ -278,7 +286,7 @@ class A3C(OnPolicyAlgorithm):
                 "The model has no environment to learn from: call `set_env(env)` or `load(path, env=env)` first."
             )
         check_arguments(vars(self))
-        check_workers(self.env, self.n_workers)
+        check_workers(self.env, self.n_workers, self.cluster)
         self._base_seed = int(np.random.randint(2**31))
         self._pending_resets = pending_seeds(self.env), pending_options(self.env)
         self._last_obs = None  # so that SB3 resets, or would: workers reset their environments themselves, once
@@ -299,17 +307,40 @@ class A3C(OnPolicyAlgorithm):
         self._n_updates_at_start = self._n_updates
         self._parameters, self._optimizer = list(self.policy.parameters()), self.policy.optimizer
         self._optimizer_options = fixed_options(self.policy.optimizer)
+        if self.cluster is None:
+            make_workers = partial(workers_here, start_method=self.start_method, timeout=self.worker_timeout)
+            return self._collect_from(make_workers, env, callback, self.n_workers)
+        from sb3_a3c.cluster.cluster_workers import ClusterWorkers, engine_of  # only here: few need it
+
+        workers = ClusterWorkers(engine_of(self.cluster), self.start_method, self.worker_timeout)
+        try:
+            n_workers = workers.n_workers(self.n_workers, env.num_envs)
+            return self._collect_from(workers.assign, env, callback, n_workers, workers.place)
+        except BaseException:
+            workers.stop(threading.Event())
+            raise
+
+    def _collect_from(
+        self,
+        make_workers: MakeWorkers,
+        env: VecEnv,
+        callback: BaseCallback,
+        n_workers: int | None,
+        place: str | None = None,
+    ) -> HogwildCollector:
+        """Assign environments and seeds to workers, and start these; ``place`` says on which hosts they run."""
         assignment = Assignment(
             env,
             self.policy,
             self._hyperparams(),
-            self.n_workers,
+            n_workers,
             self._base_seed,
             *self._pending_resets,
             report_obs=can_see_observations(callback),
+            on_other_hosts=place is not None,
         )
         if self.verbose >= 1:
-            print(assignment.summary(), flush=True)
+            print(assignment.summary(place), flush=True)
             if self.seed is not None and assignment.n_workers > 1 and not self.take_turns:
                 print(
                     f"With several workers, two runs with seed={self.seed} differ. "
@@ -322,9 +353,8 @@ class A3C(OnPolicyAlgorithm):
             steps_before=self.num_timesteps,
             total_steps=self._total_timesteps,
             learning_rate=lambda progress: check_rate("lr_schedule", self.lr_schedule, progress),
-            start_method=self.start_method,
+            make_workers=make_workers,
             max_restarts=self.max_worker_restarts,
-            timeout=self.worker_timeout,
         )
 
     def _stop_workers(self) -> None:
@@ -338,7 +368,7 @@ class A3C(OnPolicyAlgorithm):
             finally:
                 try:
                     self._take_over(collector)
-                    collector.store.fetch_optimizer(self.policy)
+                    collector.store.fetch_optimizer(self.policy)  # the workers have synchronized it when they stopped
                 finally:
                     self._parameters, self._optimizer = [], None
                     collector.store.close()
@@ -444,7 +474,7 @@ class A3C(OnPolicyAlgorithm):
             )
         if self._collector.statistics.learning_rate is not None:
             update_learning_rate(self.policy.optimizer, self._collector.statistics.learning_rate)
-        if (hint := self._collector.statistics.pop_hint()) and self.verbose >= 1:
+        if (hint := self._collector.pop_hint()) and self.verbose >= 1:
             print(hint)
 
     def dump_logs(self, iteration: int = 0) -> None:
@@ -457,10 +487,8 @@ class A3C(OnPolicyAlgorithm):
             if self._collector.statistics.learning_rate is not None:
                 self.logger.record("train/learning_rate", self._collector.statistics.learning_rate)
             self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-            for key, value in self._collector.statistics.pop().items():
+            for key, value in self._collector.pop_figures().items():
                 self.logger.record(key, value)
-            if self._collector.n_restarts > 0:
-                self.logger.record("time/worker_restarts", self._collector.n_restarts)
             if hasattr(self.policy, "log_std"):
                 self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
         super().dump_logs(iteration)
@@ -513,7 +541,7 @@ class A3C(OnPolicyAlgorithm):
     def get_parameters(self) -> dict[str, dict[str, Any]]:
         """As SB3's ``get_parameters``; while workers run, with the current state of the shared optimizer."""
         if self._collector is not None:
-            self._collector.store.fetch_optimizer(self.policy)
+            self._collector.fetch_optimizer(self.policy)
         parameters: dict[str, dict[str, Any]] = super().get_parameters()
         return parameters
 
@@ -529,7 +557,7 @@ class A3C(OnPolicyAlgorithm):
         super().set_parameters(load_path_or_dict, exact_match, device)
         if self._collector is not None:
             check_finite(self.policy)
-            self._collector.store.load_policy(self.policy)
+            self._collector.load_policy(self.policy)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """
@@ -542,7 +570,7 @@ class A3C(OnPolicyAlgorithm):
         super().set_env(env, force_reset)
 
     def _excluded_save_params(self) -> list[str]:
-        ours = ["_collector", "_parameters", "_optimizer", "_optimizer_options", "_base_seed", "_pending_resets"]
+        ours = ["cluster", "_collector", "_parameters", "_optimizer", "_optimizer_options", "_base_seed", "_pending_resets"]
         return [*super()._excluded_save_params(), *ours]
 
 

@@ -1,5 +1,6 @@
 """Argument validation. Each error names the argument, its value and what to pass instead."""
 
+import importlib.util
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from sb3_a3c.envs.sharding import take_share
 from sb3_a3c.errors import warn
@@ -65,6 +66,7 @@ def check_arguments(values: Mapping[str, Any]) -> None:
             f"`start_method` must be None, 'forkserver' or 'spawn', not {start_method!r} "
             "(a forked process hangs in torch if its parent has used torch's threads)."
         )
+    _check_cluster(values)
     timeout = values.get("worker_timeout")
     if timeout is not None and not (_is_number(timeout) and 0 < timeout < math.inf):
         raise ValueError(f"`worker_timeout` must be a number of seconds above 0, or None for no limit, not {timeout!r}.")
@@ -74,6 +76,30 @@ def check_arguments(values: Mapping[str, Any]) -> None:
                 f"`{name}` must be None, not {values[name]!r}: A3C has no rollout buffer, each worker learns from its "
                 "rollout at once."
             )
+
+
+def _check_cluster(values: Mapping[str, Any]) -> None:
+    """Check ``cluster``, and what can't be combined with it."""
+    cluster = values.get("cluster")
+    if cluster is None:
+        return
+    address = cluster.get("address") if isinstance(cluster, dict) else cluster
+    unknown = cluster.keys() - {"address", "runtime_env"} if isinstance(cluster, dict) else set()
+    if unknown or not isinstance(address, str) or (address != "auto" and not address.rpartition(":")[2].isdecimal()):
+        raise ValueError(
+            "`cluster` must be 'auto', 'host:port' of the head of a Ray cluster, or a dictionary with `address` and, if you "
+            f"like, `runtime_env`, not {cluster!r}."
+        )
+    if not _has_ray():
+        raise ValueError(f'`cluster={cluster!r}` needs Ray, which is not installed: pip install "ray>=2.54,<3".')
+    if values.get("take_turns"):
+        raise ValueError("`take_turns` is not possible on a cluster: leave out `take_turns` or `cluster`.")
+    if values.get("n_workers") == 0:
+        raise ValueError("n_workers=0 trains in this process: leave out `cluster`, or use n_workers=None for all its CPUs.")
+
+
+def _has_ray() -> bool:
+    return importlib.util.find_spec("ray") is not None
 
 
 def check_names(others: Collection[str], policy: Any, policy_kwargs: Mapping[str, Any] | None) -> None:
@@ -148,10 +174,16 @@ def check_observation_space(space: Any, policy_class: type[Any]) -> None:
         )
 
 
-def check_workers(env: VecEnv, n_workers: int | None) -> None:
+def check_workers(env: VecEnv, n_workers: int | None, cluster: Any = None) -> None:
     """Raise a ValueError if the environments can't be distributed over this number of workers."""
-    if not n_workers:
+    if cluster is not None and isinstance(env.unwrapped, SubprocVecEnv):
+        raise ValueError(
+            "The processes of a SubprocVecEnv run on this machine, so `cluster` can't use them: use a DummyVecEnv, whose "
+            "environments are copied to the workers."
+        )
+    if not n_workers and cluster is None:
         return
+    n_workers = n_workers or 1
     if n_workers > env.num_envs:
         raise ValueError(
             f"n_workers={n_workers}, but the number of environments is {env.num_envs}, and each worker needs at least one. "

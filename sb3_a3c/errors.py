@@ -15,7 +15,16 @@ class WorkerDiedError(A3CError, RuntimeError):
     message names the signal or the exit code.
     """
 
-    worker: int = -1  #: index of the worker
+    worker: int = -1  #: index of the worker, or the first of ``workers``
+    workers: tuple[int, ...] = ()  #: that died of one cause
+    can_be_replaced: bool = True  #: False if there is no place for other workers
+
+
+class ClusterLostError(A3CError, RuntimeError):
+    """
+    The cluster on whose hosts A3C's workers learned can't be reached any more: most likely its head has died. The model has
+    everything that had arrived.
+    """
 
 
 class RemoteTraceback(A3CError):  # noqa: N818

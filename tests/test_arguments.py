@@ -153,6 +153,24 @@ def test_attributes_changed_by_a_callback(name: str, value: Any, message: str) -
 
 
 @pytest.mark.usefixtures("no_process_starts")
+@pytest.mark.parametrize(
+    ("kwargs", "has_ray", "message"),
+    [
+        (dict(cluster="somewhere"), True, "`cluster` must be 'auto', 'host:port' of the head.*not 'somewhere'"),
+        (dict(cluster=6379), True, "`cluster` must be 'auto', 'host:port'"),
+        (dict(cluster=dict(adress="auto")), True, "`cluster` must be .*a dictionary with `address`.*'adress'"),
+        (dict(cluster="auto"), False, r"needs Ray, which is not installed: pip install \"ray"),
+        (dict(cluster="auto", take_turns=True), True, "`take_turns` is not possible on a cluster"),
+        (dict(cluster="auto", n_workers=0), True, "n_workers=0 trains in this process: leave out `cluster`"),
+    ],
+)
+def test_cluster(kwargs: dict[str, Any], has_ray: bool, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_a3c.arguments._has_ray", lambda: has_ray)
+    with pytest.raises(ValueError, match=message):
+        A3C("MlpPolicy", cartpole(), **kwargs)
+
+
+@pytest.mark.usefixtures("no_process_starts")
 def test_environments_that_do_not_suit_the_workers(path: Path) -> None:
     vec_env = OwnVecEnv([lambda: gym.make("CartPole-v1")] * 4)
     with pytest.raises(ValueError, match=r"can't deal the environments of a OwnVecEnv out.*n_workers=0"):

@@ -1,5 +1,6 @@
 """The benchmarks still run: too shortly for their figures to mean anything."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -48,3 +49,12 @@ def test_guard() -> None:
 def test_soak() -> None:
     arguments = ("--minutes", "0.4", "--kill-every", "4", "--n-envs", "4")
     assert last_line("soak.py", *arguments) == "left: 0 segments of shared memory, 0 workers"
+
+
+def test_cluster() -> None:
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed: pip install -e .[cluster]")
+    found = json.loads(last_line("cluster.py", "--only", "2", "0.01", "2", "0", "2"))
+    assert found["steps/s"] > 100
+    assert found["exchange, ms"] > 0
+    assert found["main process, cores"] < 0.5

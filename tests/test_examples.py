@@ -1,6 +1,7 @@
 """The examples: each runs without warnings, and saves the files that it should."""
 
 import ast
+import importlib.util
 import re
 import runpy
 import signal
@@ -207,3 +208,16 @@ def test_results_are_reproduced_quickly(tmp_path: Path) -> None:
     assert curve["timesteps"].is_monotonic_increasing
     assert curve["timesteps"].iloc[-1] == pytest.approx(2000, abs=300)
     assert curve["return"].between(9, 200).all()
+
+
+@pytest.mark.slow
+def test_cluster(tmp_path: Path) -> None:
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed: pip install -e .[cluster]")
+    command = [sys.executable, "-W", "error", str(EXAMPLES / "cluster.py"), "6000"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+    of_hosts = re.findall(r"^Host with agent \d+: (\d+) timesteps by 2 workers$", result.stdout, re.MULTILINE)
+    counts = [int(n) for n in of_hosts]
+    assert len(counts) == 3 and 5900 < sum(counts) <= 7000
+    assert "Return of 20 episodes: " in result.stdout

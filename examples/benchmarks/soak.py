@@ -106,7 +106,7 @@ def main() -> None:
 
     seconds, steps, of_main, of_worker, files = np.array(killer.samples).T
     collector = killer.collector
-    print(f"{model.num_timesteps} steps of {total} wanted; reported by workers: {sum(collector._n_reported)}")
+    print(f"{model.num_timesteps} steps of {total} wanted; reported by workers: {sum(collector._tickets.n_reported)}")
     print(f"{collector.n_restarts} restarts after {killer.n_kills} kills")
     print(f"skipped updates: {collector.statistics.skipped_updates}")
     speed = (steps[-1] - steps[0]) / (seconds[-1] - seconds[0])

@@ -104,7 +104,7 @@ class _Host:
         self.must_begin_anew = True  # with the next answer; until then what it sends is dropped
         self.known: Bytes  # values of the last message, of either direction
         self.version = -1  # of the center's values that the host has
-        self.n_updates_seen = 0  # by all workers, up to the last answer
+        self.n_others_seen = [0, 0]  # updates by other hosts, up to the answer before the last one, and up to this one
         self.state_before: Bytes  # of the optimizer, when it was last merged
         self.state: Bytes | None = None  # received last
 
@@ -138,7 +138,7 @@ class Center:
         """What the host is to be sent now; the first one opens its :class:`HostEnd`."""
         host = self._hosts[number]
         rows, values, state = self._store.rows(self._all_workers), None, None
-        host.n_updates_seen = self._store.n_updates
+        host.n_others_seen = [host.n_others_seen[1], self._n_others(host)]
         if host.must_begin_anew or host.version != self._version:
             values = host.known = self._store.values()
             host.version = self._version
@@ -151,8 +151,8 @@ class Center:
         """
         Take in what a host has learned. Does nothing if it has left.
 
-        :return: the staleness of its values, which is the number of updates by other hosts that were merged since the last
-            answer to this one; None if it has sent none
+        :return: the staleness of its values, which is the number of updates by other hosts that were merged since the answer
+            before the last one, with which it began to make these steps; None if it has sent none
         """
         host = self._hosts.get(number)
         if host is None:
@@ -161,7 +161,7 @@ class Center:
         if not host.must_begin_anew:
             if contribution.values is not None:
                 self._merge_values(host, _writable(contribution.values))
-                staleness = self._store.n_updates - host.n_updates_seen
+                staleness = self._n_others(host) - host.n_others_seen[0]
             if contribution.state is not None:
                 host.state = _writable(contribution.state)
         # after the values: should this process die between the two, an update was made that is not counted
@@ -190,6 +190,10 @@ class Center:
                 states.append((n_updates, host.state_before, host.state))
                 host.state_before = host.state  # so that its steps are not added again
         self._store.merge_states(states)
+
+    def _n_others(self, host: _Host) -> int:
+        """Updates by other hosts."""
+        return self._store.n_updates - self._store.updates(host.workers)
 
     def _merge_values(self, host: _Host, values: Bytes) -> None:
         if host.version == self._version:

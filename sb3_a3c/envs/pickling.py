@@ -17,18 +17,19 @@ from sb3_a3c.envs.pygame_objects import reduce_pygame
 from sb3_a3c.errors import warn
 
 
-def dump_env(env: Any) -> tuple[bytes, tuple["Connection[Any, Any]", ...]]:
+def dump_env(env: Any, keep_writers: bool = True) -> tuple[bytes, tuple["Connection[Any, Any]", ...]]:
     """
     Pickle an environment or a ``VecEnv``.
 
     An ``EzPickle`` object, which others would rebuild from its constructor's arguments alone, keeps the attributes that it
     was given since then; a warning names those that can't be sent.
 
+    :param keep_writers: whether a ``Monitor`` appends to its file; otherwise it has none
     :return: the pickle, and the connections left out of it: only multiprocessing can send these, at the start of a process
     :raises ValueError: if something in the environments can't be pickled
     """
     buffer = io.BytesIO()
-    pickler = _EnvPickler(buffer)
+    pickler = _EnvPickler(buffer, keep_writers=keep_writers)
     try:
         pickler.dump(env)
     except Exception as error:
@@ -52,13 +53,21 @@ class _EnvPickler(cloudpickle.Pickler):  # type: ignore[misc]
     :param file: to write to
     :param owners: objects whose attributes are being compared: they are referred to, not pickled
     :param rebuilt: the attributes of ``EzPickle`` objects that were rebuilt for comparison, by how they are made
+    :param keep_writers: as for :func:`dump_env`
     """
 
-    def __init__(self, file: io.BytesIO, owners: Sequence[Any] = (), rebuilt: dict[Any, Any] | None = None) -> None:
+    def __init__(
+        self,
+        file: io.BytesIO,
+        owners: Sequence[Any] = (),
+        rebuilt: dict[Any, Any] | None = None,
+        keep_writers: bool = True,
+    ) -> None:
         super().__init__(file)
         self.references: list[Any] = []
         self.warnings: list[str] = []
         self._owners = owners
+        self._keep_writers = keep_writers
         self._rebuilt = {} if rebuilt is None else rebuilt
 
     def persistent_id(self, obj: Any) -> int | None:
@@ -69,6 +78,8 @@ class _EnvPickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, ResultsWriter):
+            if not self._keep_writers:
+                return _none, ()
             return _reopen, (obj.file_handler.name, tuple(obj.logger.fieldnames))
         if isinstance(obj, VecEnvWrapper):  # its `class_attributes` can't be pickled
             state = {key: value for key, value in vars(obj).items() if key != "class_attributes"}
@@ -152,6 +163,10 @@ def _rebuild_ez_pickle(kind: type[EzPickle], arguments: dict[str, Any]) -> Any:
 
 def _update(obj: Any, attributes: dict[str, Any]) -> None:
     vars(obj).update(attributes)
+
+
+def _none() -> None:
+    return None
 
 
 def _reopen(filename: str, fieldnames: tuple[str, ...]) -> ResultsWriter:

@@ -59,13 +59,16 @@ def deal(n_envs: int, n_workers: int) -> list[tuple[int, ...]]:
     return [tuple(range(begin, end)) for begin, end in pairwise(bounds)]
 
 
-def split_env(env: VecEnv, shares: Sequence[Sequence[int]], first_reset: FirstReset) -> list[EnvShare]:
+def split_env(
+    env: VecEnv, shares: Sequence[Sequence[int]], first_reset: FirstReset, keep_writers: bool = True
+) -> list[EnvShare]:
     """
     Make the shares that are sent to workers; ``shares`` has for each worker the indices of its environments.
 
+    :param keep_writers: whether the shares write monitor files. On another host they can't: :mod:`sb3_a3c.envs.monitor_rows`
     :raises ValueError: if the environments can't be sent to other processes
     """
-    return [EnvShare(*dump_env(take_share(env, indices)), first_reset.of(indices)) for indices in shares]
+    return [EnvShare(*dump_env(take_share(env, indices), keep_writers), first_reset.of(indices)) for indices in shares]
 
 
 def take_share(env: VecEnv, indices: Sequence[int]) -> VecEnv:

@@ -92,6 +92,10 @@ class WorkerChannel:
         except (BrokenPipeError, ConnectionResetError):
             os._exit(1)  # the main process is gone
 
+    def wake(self) -> None:
+        """Let :meth:`serve` return that waits in another thread."""
+        self._inbox.put(dumps(None))
+
     def stopped(self) -> bool:
         """Whether the main process wants this worker to end."""
         return bool(self._stop_flag[0])

@@ -17,7 +17,6 @@ from sb3_a3c.envs.wrapper_state import FirstReset
 from sb3_a3c.errors import warn
 from sb3_a3c.policies.pickling import dump_policy
 from sb3_a3c.processes.machine import n_cores
-from sb3_a3c.store.base import ParameterStore
 
 #: Up to 3 rollouts of a worker wait for those of the others before they fill the others' rows; one more is on its way.
 MAX_ROLLOUTS_WAITING = 3
@@ -32,6 +31,7 @@ class Assignment:
         with a warning, if the environments can't be sent to others
     :param env_seeds: seeds that the environments begin with; None where one is to be derived
     :param report_obs: whether a callback can see observations
+    :param on_other_hosts: whether workers run there, where they can't write monitor files
     :raises ValueError: if the environments can't be sent to other processes, or the policy can't be copied
     """
 
@@ -45,13 +45,15 @@ class Assignment:
         env_seeds: Sequence[int | None],
         env_options: Sequence[dict[str, Any]],
         report_obs: bool = True,
+        on_other_hosts: bool = False,
     ) -> None:
+        self.on_other_hosts = on_other_hosts
         self.env, self.hyperparams, self._seed = env, hyperparams, seed
         n_envs = env.num_envs
         derived = _derived_seeds(seed, 2 * n_envs)
         seeds = [new if given is None else given for new, given in zip(derived[:n_envs], env_seeds, strict=True)]
         self.first_reset = FirstReset(tuple(seeds), tuple(env_options))
-        shares = _shares(env, n_workers, self.first_reset)
+        shares = _shares(env, n_workers, self.first_reset, keep_writers=not on_other_hosts)
         self.shares = list(shares.values())  #: of each worker process its environments; empty to train in this process
         self.env_indices = list(shares) or [tuple(range(n_envs))]  #: of each worker
         self.n_workers = len(self.env_indices)  #: at least 1
@@ -62,27 +64,31 @@ class Assignment:
             for worker, indices in enumerate(self.env_indices)
         ]
 
-    def summary(self) -> str:
-        """What is about to start, in one line for the user."""
+    def summary(self, place: str | None = None) -> str:
+        """
+        What is about to start, in one line for the user.
+
+        :param place: where; by default on how many cores
+        """
         n_envs, hyperparams = self.env.num_envs, self.hyperparams
         sizes = [len(indices) for indices in self.env_indices]
         n_updates = sum(math.ceil(size / hyperparams.envs_per_update) for size in sizes)
         updates = f"{1000 * n_updates / (hyperparams.n_steps * n_envs):.3g} updates per 1,000 timesteps"
         if not self.shares:
-            return f"A3C trains in this process (n_workers=0), with {_counted(n_envs, 'environment')}: {updates}"
-        workers, cores = _counted(self.n_workers, "worker"), _counted(n_cores(), "core")
+            return f"A3C trains in this process (n_workers=0), with {counted(n_envs, 'environment')}: {updates}"
+        workers, place = counted(self.n_workers, "worker"), place or counted(n_cores(), "core")
         envs = (
-            f"{min(sizes)} or {max(sizes)} environments" if min(sizes) < max(sizes) else _counted(max(sizes), "environment")
+            f"{min(sizes)} or {max(sizes)} environments" if min(sizes) < max(sizes) else counted(max(sizes), "environment")
         )
         each = " each" if self.n_workers > 1 else ""
-        text = f"A3C starts {workers} on {cores}, with {envs}{each}: {updates}"
+        text = f"A3C starts {workers} on {place}, with {envs}{each}: {updates}"
         if n_envs == 1:
             text += ". One environment is not asynchronous: use A3C(…, n_workers=k), or make_vec_env(…, n_envs=k)"
         return text
 
-    def arguments(self, store: ParameterStore, worker: int) -> tuple[Any, ...]:
-        """The arguments of ``run_worker`` after the channel."""
-        return store, self.shares[worker], cloudpickle.dumps(self.configs[worker])
+    def arguments(self, worker: int) -> tuple[EnvShare, bytes]:
+        """The arguments of ``run_worker`` after the channel and the store."""
+        return self.shares[worker], cloudpickle.dumps(self.configs[worker])
 
     def n_tickets(self, worker: int) -> int:
         """Number of rollouts that a worker may begin before the first of them is consumed."""
@@ -92,18 +98,21 @@ class Assignment:
         config = self.configs[worker]
         return MAX_ROLLOUTS_WAITING + 1 + self.env.num_envs // (config.hyperparams.n_steps * len(config.env_indices))
 
-    def renew(self, worker: int, n_restarts: int, hyperparams: Hyperparams) -> None:
+    def renew(self, workers: Sequence[int], n_restarts: int, hyperparams: Hyperparams) -> None:
         """
-        Prepare for a new process in the place of a dead one: with the environments as the user's are now, and new seeds,
-        which depend on the number of processes replaced so far, this one included.
+        Prepare for new processes in the place of dead ones: with the environments as the user's are now, and new seeds,
+        which depend on the number of restarts so far, this one included.
         """
-        seed, *seeds = _derived_seeds([self._seed, n_restarts], self.env.num_envs + 1)
-        first_reset = dataclasses.replace(self.first_reset, seeds=tuple(seeds))
-        (self.shares[worker],) = split_env(self.env, [self.env_indices[worker]], first_reset)
-        self.configs[worker] = dataclasses.replace(self.configs[worker], seed=seed, hyperparams=hyperparams)
+        n_envs = self.env.num_envs
+        first, *others = _derived_seeds([self._seed, n_restarts], n_envs + len(workers))
+        first_reset = dataclasses.replace(self.first_reset, seeds=tuple(others[:n_envs]))
+        shares = split_env(self.env, [self.env_indices[w] for w in workers], first_reset, not self.on_other_hosts)
+        for worker, share, seed in zip(workers, shares, [first, *others[n_envs:]], strict=True):
+            self.shares[worker] = share
+            self.configs[worker] = dataclasses.replace(self.configs[worker], seed=seed, hyperparams=hyperparams)
 
 
-def _counted(n: int, noun: str) -> str:
+def counted(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
@@ -111,7 +120,9 @@ def _derived_seeds(seed: int | list[int], n: int) -> list[int]:
     return [int(derived) for derived in np.random.SeedSequence(seed).generate_state(n) >> 1]
 
 
-def _shares(env: VecEnv, n_workers: int | None, first_reset: FirstReset) -> dict[tuple[int, ...], EnvShare]:
+def _shares(
+    env: VecEnv, n_workers: int | None, first_reset: FirstReset, keep_writers: bool
+) -> dict[tuple[int, ...], EnvShare]:
     """For each worker process the indices of its environments, and the environments; empty to train in this process."""
     if n_workers == 0:
         return {}
@@ -119,7 +130,7 @@ def _shares(env: VecEnv, n_workers: int | None, first_reset: FirstReset) -> dict
     try:
         if multiprocessing.current_process().daemon:
             raise ValueError("This process is a daemon, which may not start processes of its own. Use n_workers=0.")
-        return dict(zip(indices, split_env(env, indices, first_reset), strict=True))
+        return dict(zip(indices, split_env(env, indices, first_reset, keep_writers), strict=True))
     except ValueError as error:
         if n_workers is not None:
             raise

@@ -1,8 +1,8 @@
 """
 The Hogwild collector: what ``A3C.collect_rollouts`` drives.
 
-It runs the workers (processes under the supervisor, or one in this process), assembles their reports into steps of
-``n_envs`` transitions for Stable-Baselines3's callbacks, and passes on to the workers what callbacks change.
+It runs the workers (processes of this machine or of other hosts, or one in this process), assembles their reports into
+steps of ``n_envs`` transitions for Stable-Baselines3's callbacks, and passes on to the workers what callbacks change.
 """
 
 import math
@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,18 +23,16 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecVideoRecorder
 from sb3_a3c.actor_learner.config import Hyperparams
 from sb3_a3c.actor_learner.report import RolloutStatistics
 from sb3_a3c.envs.last_step import allow_last_step, refuse_last_step
+from sb3_a3c.envs.monitor_rows import MonitorRows
 from sb3_a3c.envs.normalize import StatisticsMerger, options
 from sb3_a3c.envs.subproc import take_back
-from sb3_a3c.envs.wrapper_state import WrapperCounts, begin_episodes, continue_from, finish_videos, wrappers
+from sb3_a3c.envs.wrapper_state import WrapperCounts, continue_from, finish_videos, wrappers
 from sb3_a3c.errors import WorkerDiedError, warn
 from sb3_a3c.processes.machine import n_cores
 from sb3_a3c.processes.signals import uninterrupted
-from sb3_a3c.processes.supervisor import Supervisor
-from sb3_a3c.store.base import ParameterStore
 from sb3_a3c.store.shared_memory import NO_GOAL, SharedMemoryStore
-from sb3_a3c.workers.assignment import MAX_ROLLOUTS_WAITING, Assignment
-from sb3_a3c.workers.env_proxy import EnvProxy
-from sb3_a3c.workers.in_process import InProcessWorker
+from sb3_a3c.workers.assignment import MAX_ROLLOUTS_WAITING, Assignment, counted
+from sb3_a3c.workers.env_proxy import EnvProxy, call_users_env
 from sb3_a3c.workers.protocol import (
     EnvCall,
     FinalState,
@@ -47,17 +45,18 @@ from sb3_a3c.workers.protocol import (
 )
 from sb3_a3c.workers.statistics import TrainingStatistics
 from sb3_a3c.workers.step_assembler import Step, StepAssembler
-from sb3_a3c.workers.worker_main import run_worker
+from sb3_a3c.workers.tickets import Tickets
+from sb3_a3c.workers.worker_processes import workers_here
 
-#: Seconds in which workers that have been asked to stop must have sent their final state …
-STOP_SECONDS = 2.0
-#: … where they save a video, or drive the processes of a ``SubprocVecEnv``, which may be in a step …
+#: Seconds in which workers that have been asked to stop must have sent their final state, where they save a video, or drive
+#: the processes of a ``SubprocVecEnv``, which may be in a step …
 LONG_STOP_SECONDS = 60.0
 #: … and from a second Ctrl-C on, for which the collector looks every 0.1 s.
 HURRY_SECONDS, LOOK_SECONDS = 0.5, 0.1
-#: Modules that a fork server imports once for all workers. torch's optimizers import torch._dynamo at their first step,
-#: which takes seconds; cv2 and ale_py, slow to import too, are there for Atari.
-PRELOAD = ("sb3_a3c.workers.worker_main", "stable_baselines3.common.vec_env", "torch._dynamo", "cv2", "ale_py")
+
+
+#: Makes the workers of an assignment, with a store.
+MakeWorkers: TypeAlias = Callable[[Assignment, SharedMemoryStore], Workers]
 
 
 class HogwildCollector:
@@ -78,29 +77,25 @@ class HogwildCollector:
         steps_before: int,
         total_steps: float,
         learning_rate: Callable[[float], float],
-        start_method: str | None = None,
+        make_workers: MakeWorkers = workers_here,
         max_restarts: int = 0,
-        timeout: float | None = None,
     ) -> None:
         self._env = env = assignment.env
         self.hyperparams, self._normalization = assignment.hyperparams, options(env)
         self._assignment = assignment
         self._n_workers = assignment.n_workers
         has_processes = bool(assignment.shares)
-        self.store: ParameterStore = SharedMemoryStore(
-            policy, self._n_workers, int(min(total_steps, NO_GOAL)), steps_before, has_processes
-        )
+        goal = int(min(total_steps, NO_GOAL))
+        self.store = SharedMemoryStore(policy, self._n_workers, goal, steps_before, share_memory=has_processes)
         self.statistics = TrainingStatistics()
         self._assembler = StepAssembler(env.num_envs, MAX_ROLLOUTS_WAITING)
         self._normalize = StatisticsMerger(env, self._n_workers)
+        self._monitor_rows = MonitorRows(env) if assignment.on_other_hosts else None
         self._statistics_of: list[deque[RolloutStatistics]] = [deque() for _ in range(self._n_workers)]  # not consumed yet
-        self._n_reported = [0] * self._n_workers  # transitions
-        self._steps_before, self._total_steps, self._learning_rate = steps_before, total_steps, learning_rate
-        self._n_tickets = [0] * self._n_workers  # whose rollouts have not been reported
-        n_tickets = [assignment.n_tickets(worker) for worker in range(self._n_workers)]
-        # workers that get a ticket next; at first in rounds, as workers that keep pace begin their rollouts
-        self._due = [worker for number in range(max(n_tickets)) for worker, n in enumerate(n_tickets) if number < n]
+        self._total_steps, self._learning_rate = total_steps, learning_rate
+        self._tickets = Tickets(assignment, steps_before)
         self._done: set[int] = set()  # workers that make no more rollouts
+        self._given_up: set[int] = set()  # dead workers that could not be replaced
         self._wrapper_counts: dict[int, WrapperCounts] = {}  # of workers that have sent their final state
         self._max_restarts = max_restarts
         self._pid = os.getpid()
@@ -108,26 +103,19 @@ class HogwildCollector:
         self._is_ending = False
         self._env_proxy: EnvProxy | None = None
         self._n_threads = th.get_num_threads()
-        self._workers: Workers
         if has_processes:
             finish_videos(env)
-            arguments = [self._assignment.arguments(self.store, worker) for worker in range(self._n_workers)]
-            self._workers = Supervisor(run_worker, arguments, start_method, PRELOAD, timeout)
-            self._start_processes(self._workers)
-        else:
-            env = begin_episodes(env, self._assignment.first_reset)
-            self._workers = InProcessWorker(self._assignment.configs[0], env, self.store)
-        refuse_last_step(self._env)  # only now: where a start fails, nothing is left to be undone
-
-    def _start_processes(self, supervisor: Supervisor) -> None:
+        self._workers = make_workers(assignment, self.store)
         try:
-            supervisor.start()
+            self._workers.start()
         except BaseException:
             self._take_environments_back(threading.Event())  # workers that have started may have begun to step them
             raise
-        self._env_proxy = EnvProxy(self._env, self._assignment.env_indices, self._ask_envs)
-        # the cores are the workers': a second thread here would wait for one of them, and the first for the second
-        th.set_num_threads(max(1, min(self._n_threads, n_cores() - self._n_workers)))
+        if has_processes:
+            self._env_proxy = EnvProxy(self._env, self._assignment.env_indices, self._ask_envs)
+            # the cores are the workers': a second thread here would wait for one of them, and the first for the second
+            th.set_num_threads(max(1, min(self._n_threads, n_cores() - self._workers.n_here)))
+        refuse_last_step(self._env)  # only now: where a start fails, nothing is left to be undone
 
     def wait_for_step(self) -> bool:
         """
@@ -135,11 +123,13 @@ class HogwildCollector:
         worker raised, or a WorkerDiedError.
         """
         while True:
-            while self._due:  # only now: callbacks of the last step may have changed what a schedule reads
-                self._send_ticket(self._due.pop(0))
+            # only now: callbacks of the last step may have changed what a schedule reads
+            while self._tickets.due and self._may_begin_more:
+                self._send_ticket(self._tickets.due.pop(0))
             if self._assembler.has_step(flush=self._all_done):
                 return True
             if self._all_done:
+                self._workers.sync()
                 return False
             self._receive()
 
@@ -151,7 +141,7 @@ class HogwildCollector:
             # its other environments' rollouts are used up with this one, or soon
             if env_index == self._assignment.env_indices[worker][0]:
                 self.statistics.add(self._statistics_of[worker].popleft())
-                self._due.append(worker)
+                self._tickets.consume(worker)
         return step
 
     def update_hyperparams(self, hyperparams: Hyperparams) -> None:
@@ -177,6 +167,27 @@ class HogwildCollector:
         self._is_ending = True
         self._workers.request_stop()
         self._receive_rest(lambda: self._all_done, threading.Event())
+        self._workers.sync()
+
+    def load_policy(self, policy: ActorCriticPolicy) -> None:
+        """Let the workers continue from the parameters and the optimizer state of a policy."""
+        self._workers.load(policy)
+
+    def fetch_optimizer(self, policy: ActorCriticPolicy) -> None:
+        """Copy the present state of the shared optimizer into ``policy.optimizer``."""
+        self._workers.sync(with_optimizer=True)
+        self.store.fetch_optimizer(policy)
+
+    def pop_hint(self) -> str:
+        """What keeps training from going well, if that has just been found."""
+        return self.statistics.pop_hint() or self._workers.pop_hint()
+
+    def pop_figures(self) -> Mapping[str, Any]:
+        """Values for the logger since the last call."""
+        figures = {**self.statistics.pop(), **self._workers.pop_figures()}
+        if self.n_restarts > 0:
+            figures["time/worker_restarts"] = self.n_restarts
+        return figures
 
     def take_leftovers(self) -> tuple[list[dict[str, Any]], npt.NDArray[np.bool_]]:
         """Return of the transitions that no step has shown the infos, and whether each ended an episode."""
@@ -221,7 +232,8 @@ class HogwildCollector:
         step leaves that process with an answer that no one waits for.
         """
         records = any(isinstance(wrapper, VecVideoRecorder) for wrapper in wrappers(self._env))
-        return LONG_STOP_SECONDS if records or isinstance(self._env.unwrapped, SubprocVecEnv) else STOP_SECONDS
+        is_long = records or isinstance(self._env.unwrapped, SubprocVecEnv)
+        return LONG_STOP_SECONDS if is_long else self._workers.stop_seconds
 
     def _take_environments_back(self, hurry: threading.Event) -> None:
         allow_last_step(self._env)
@@ -231,7 +243,7 @@ class HogwildCollector:
             return
         if sys.exc_info()[0] is not None:  # a terminal's Ctrl-C ends their processes too, or has interrupted a step
             to_check = list(self._assignment.worker_of)
-        elif isinstance(self._workers, InProcessWorker):
+        elif not self._assignment.shares:
             to_check = []
         else:  # those of workers that died
             to_check = [index for index, worker in self._assignment.worker_of.items() if worker not in self._wrapper_counts]
@@ -257,11 +269,13 @@ class HogwildCollector:
             match message:
                 case RolloutFinished(report, deltas):
                     self._assembler.add(report)
-                    self._n_reported[worker] += report.rewards.size
-                    self._n_tickets[worker] -= 1
+                    self._tickets.use_up(worker, report.rewards.size)
                     self._statistics_of[worker].append(report.statistics)
                     self._normalize.merge(worker, deltas)
                     self.statistics.warn_of_skipped(report.statistics)
+                    if self._monitor_rows is not None:
+                        self._monitor_rows.write(report.env_indices, report.infos)
+                    self._stop_at_goal()
                 case TrainingDone():
                     self._done.add(worker)
                     for other in range(self._n_workers):
@@ -273,40 +287,64 @@ class HogwildCollector:
     @uninterrupted()
     def _replace(self, death: WorkerDiedError) -> None:
         """
-        Start a process in the place of a dead one: with the shared parameters, with new episodes, and with seeds of its own.
-        The rollout that the dead one was in is lost, and not counted.
+        Start processes in the place of dead ones: with the shared parameters, with new episodes, and with seeds of their
+        own. The rollouts that the dead ones were in are lost, and not counted.
         """
-        self._handle_all()  # its final messages
-        worker = death.worker
+        self._handle_all()  # their final messages
+        workers = death.workers
+        if not death.can_be_replaced and not self._is_ending:
+            self._give_up(death)
+            return
         if self.n_restarts == self._max_restarts > 0:
             death.add_note(f"{self.n_restarts} workers were replaced before: max_worker_restarts is used up.")
         if self._is_ending or isinstance(self._env.unwrapped, SubprocVecEnv) or self.n_restarts == self._max_restarts:
             raise death
         self.n_restarts += 1
-        self._assignment.renew(worker, self.n_restarts, self.hyperparams)
-        self.store.release(worker, self._n_reported[worker])
-        self._normalize.pop(worker)  # the user's statistics travel with the environments, and include these
-        self._done.discard(worker)
-        assert isinstance(self._workers, Supervisor)
-        self._workers.replace(worker, self._assignment.arguments(self.store, worker))
-        self._n_tickets[worker] = 0
-        n_tickets = self._assignment.n_tickets(worker) - len(self._statistics_of[worker])  # of its predecessor, not consumed
-        self._due = [other for other in self._due if other != worker] + [worker] * n_tickets
-        message = f"{death} It was replaced: restart {self.n_restarts} of at most {self._max_restarts}."
+        self._assignment.renew(workers, self.n_restarts, self.hyperparams)
+        for worker in workers:
+            self.store.release(worker, self._tickets.n_reported[worker])
+            self._normalize.pop(worker)  # the user's statistics travel with the environments, and include these
+            self._done.discard(worker)
+        self._workers.replace_all(workers)
+        for worker in workers:
+            self._tickets.renew(worker, len(self._statistics_of[worker]))
+        self._stop_at_goal()
+        were = "It was" if len(workers) == 1 else "They were"
+        message = f"{death} {were} replaced: restart {self.n_restarts} of at most {self._max_restarts}."
         if self._env_proxy is not None and (methods := sorted(self._env_proxy.methods)):
             message += f" If calls of env_method changed its environments, repeat them ({', '.join(methods)}), or use"
             message += " set_wrapper_attr, which reaches new workers too."
         warn(message)
 
+    def _give_up(self, death: WorkerDiedError) -> None:
+        """Go on without workers for which there is no place."""
+        self._given_up.update(death.workers)
+        if len(self._given_up) == self._n_workers:
+            raise death
+        self._done.update(death.workers)
+        self._tickets.give_up(death.workers)
+        warn(f"{death} Training continues with {counted(self._n_workers - len(self._given_up), 'worker')}.")
+
+    @property
+    def _may_begin_more(self) -> bool:
+        """Whether a worker may be sent a ticket: if they don't stop at the goal themselves, not beyond it."""
+        return self._workers.stops_at_goal or self._tickets.n_begun(self.hyperparams.n_steps) < self._total_steps
+
+    def _stop_at_goal(self) -> None:
+        """Tell workers that don't know it that there is no more to do."""
+        if not self._workers.stops_at_goal and self._tickets.n_done >= self._total_steps:
+            self._workers.request_stop()
+
     def _send_ticket(self, worker: int) -> None:
         """Let a worker begin one more rollout, with the learning rate for the progress at its end."""
-        self._n_tickets[worker] += 1
-        n_begun = sum(self._n_reported) + sum(
-            self.hyperparams.n_steps * len(indices) * n
-            for indices, n in zip(self._assignment.env_indices, self._n_tickets, strict=True)
-        )
-        learning_rate = self._learning_rate(max(0.0, 1 - (self._steps_before + n_begun) / self._total_steps))
-        self._workers.send(worker, Ticket(learning_rate, self._normalize.pop(worker)))
+        if not self._tickets.send(worker):
+            return
+        progress = self._tickets.n_begun(self.hyperparams.n_steps) / self._total_steps
+        self._workers.send(worker, Ticket(self._learning_rate(max(0.0, 1 - progress)), self._normalize.pop(worker)))
 
     def _ask_envs(self, calls: Mapping[int, EnvCall]) -> dict[int, Any]:
-        return self._workers.ask(calls, self._replace)
+        to_workers = {worker: call for worker, call in calls.items() if worker not in self._given_up}
+        answers = self._workers.ask(to_workers, self._replace)
+        # there are no environments of workers that were given up, but the user's own
+        lost = calls.keys() & self._given_up
+        return answers | {w: call_users_env(self._env, self._assignment.env_indices[w], calls[w]) for w in lost}

@@ -27,6 +27,14 @@ def call_env(env: VecEnv, call: EnvCall) -> Any:
     return getattr(env.unwrapped, call.method)(*call.args, **indices, **call.kwargs)
 
 
+def call_users_env(env: VecEnv, env_indices: Sequence[int], call: EnvCall) -> Any:
+    """Make the call of a worker that is no more, whose environments were ``env_indices``, to the user's own environments."""
+    indices = {} if call.indices is None else {"indices": [env_indices[index] for index in call.indices]}
+    # the class's method: the object's own passes calls on to workers
+    answer = getattr(type(env.unwrapped), call.method)(env.unwrapped, *call.args, **indices, **call.kwargs)
+    return [answer[index] for index in env_indices] if call.method == "get_images" else answer
+
+
 class EnvProxy:
     """Replaces methods of the user's innermost ``VecEnv`` until :meth:`remove`; ``env_indices`` are those of each worker."""
 

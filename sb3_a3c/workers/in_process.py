@@ -3,11 +3,12 @@
 import contextlib
 import random
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.actor_learner.actor_learner import ActorLearner
@@ -23,6 +24,10 @@ class InProcessWorker:
     rollout. It has its own random state and number of threads.
     """
 
+    n_here = 0
+    stops_at_goal = True
+    stop_seconds = 2.0
+
     def __init__(self, config: WorkerConfig, env: VecEnv, store: ParameterStore) -> None:
         self._stop = False
         self.finished = False
@@ -31,6 +36,9 @@ class InProcessWorker:
         self._random_state = _random_state()
         self._arguments = config, env, store
         self._learner: ActorLearner | None = None  # made where Ctrl-C may interrupt the environments' first reset
+
+    def start(self) -> None:
+        pass
 
     @property
     def ended(self) -> set[int]:
@@ -67,6 +75,22 @@ class InProcessWorker:
     def ask(self, requests: Mapping[int, Any], on_death: Any = None) -> dict[int, Any]:
         """Never called: the user's environments are the worker's."""
         raise NotImplementedError
+
+    def replace_all(self, workers: Iterable[int]) -> None:
+        """Never called: the worker dies with this process."""
+        raise NotImplementedError
+
+    def load(self, policy: ActorCriticPolicy) -> None:
+        self._arguments[2].load_policy(policy)
+
+    def sync(self, with_optimizer: bool = False) -> None:
+        pass
+
+    def pop_hint(self) -> str:
+        return ""
+
+    def pop_figures(self) -> Mapping[str, Any]:
+        return {}
 
     def request_stop(self) -> None:
         self._stop = True

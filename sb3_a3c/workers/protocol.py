@@ -16,8 +16,10 @@ anything.
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
+
+from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_a3c.actor_learner.config import Hyperparams
 from sb3_a3c.actor_learner.report import Report
@@ -72,7 +74,24 @@ class FinalState(NamedTuple):
 
 
 class Workers(Protocol):
-    """What the collector asks of its workers: processes under a ``Supervisor``, or the one worker in this process."""
+    """
+    What the collector asks of its workers: processes of this machine or of other hosts, or the one worker in this process.
+    """
+
+    @property
+    def n_here(self) -> int:
+        """Number of processes that need cores of this machine, beside this one."""
+
+    @property
+    def stops_at_goal(self) -> bool:
+        """Whether workers know at once how many transitions all of them have reserved. If not, tickets are rationed."""
+
+    @property
+    def stop_seconds(self) -> float:
+        """Seconds that a healthy worker has to send its final state."""
+
+    def start(self) -> None:
+        """Start all workers. If one can't be started, stop the others."""
 
     @property
     def ended(self) -> set[int]: ...
@@ -87,6 +106,24 @@ class Workers(Protocol):
     def send(self, index: int, message: Any) -> None: ...
 
     def ask(self, requests: Mapping[int, Any], on_death: Callable[[WorkerDiedError], None]) -> dict[int, Any]: ...
+
+    def replace_all(self, workers: Iterable[int]) -> None:
+        """
+        Let new workers run in the place of dead ones, with the assignment as it is now. They may start later; what is sent
+        to them until then reaches them.
+        """
+
+    def load(self, policy: ActorCriticPolicy) -> None:
+        """Let workers continue from the parameters and the optimizer state of a policy."""
+
+    def sync(self, with_optimizer: bool = False) -> None:
+        """Bring the parameters and counters of the store up to date, and on demand the state of its optimizer."""
+
+    def pop_hint(self) -> str:
+        """What keeps workers from working well, if that has just been found; else an empty text."""
+
+    def pop_figures(self) -> Mapping[str, Any]:
+        """Values for the logger since the last call."""
 
     def request_stop(self) -> None: ...
 

@@ -512,7 +512,7 @@ def test_counters_of_all_workers_reach_all_hosts() -> None:
     assert replicas[1].push() == 0
 
 
-def test_staleness_is_what_others_did_since_the_last_answer() -> None:
+def test_staleness_is_what_others_did_since_the_answer_with_which_the_steps_began() -> None:
     _, center, (first, second) = make_hosts(Vector(), 2)
     assert first.exchange() is None  # nothing was pushed
     first.push(ones())
@@ -521,10 +521,14 @@ def test_staleness_is_what_others_did_since_the_last_answer() -> None:
         second.push(ones())
     assert second.exchange() == 0
     assert center.merge(first.number, contribution) == 3
-    first.push(ones())
-    assert first.exchange() == 0
+    first.push(ones())  # before it has the other's three
+    assert first.exchange() == 3
+    second.push(ones())  # before it has the other's two
+    assert second.exchange() == 2
     second.push(ones())
     assert second.exchange() == 0
+    first.push(ones())
+    assert first.exchange() == 2
 
 
 def test_the_last_host_that_changed_module_buffers_wins() -> None:

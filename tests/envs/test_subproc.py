@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from sb3_a3c import A3C, WorkerDiedError
 from sb3_a3c.envs import subproc
-from sb3_a3c.workers import collector
+from sb3_a3c.workers.worker_processes import WorkerProcesses
 
 
 class Slow(gym.Env[Any, Any]):
@@ -71,7 +71,7 @@ def test_usable_after_a_worker_was_killed_in_a_step(env: SubprocVecEnv) -> None:
 
 
 def test_a_worker_that_is_stopped_finishes_its_step(env: SubprocVecEnv, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collector, "STOP_SECONDS", 0.01)
+    monkeypatch.setattr(WorkerProcesses, "stop_seconds", 0.01)
     model = A3C("MlpPolicy", env, n_workers=2, n_steps=2)
     for callback, outcome in ((lambda *_: False, nullcontext()), (interrupt, pytest.raises(KeyboardInterrupt))):
         with outcome:

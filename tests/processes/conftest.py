@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sb3_a3c.processes.supervisor import Supervisor
-from sb3_a3c.workers.collector import PRELOAD
+from sb3_a3c.workers.worker_processes import PRELOAD
 
 
 @pytest.fixture

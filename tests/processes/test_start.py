@@ -18,7 +18,7 @@ import pytest
 from sb3_a3c.processes.channel import WorkerChannel
 from sb3_a3c.processes.start import process_context
 from sb3_a3c.processes.supervisor import Supervisor
-from sb3_a3c.workers.collector import PRELOAD
+from sb3_a3c.workers.worker_processes import PRELOAD
 
 pytestmark = pytest.mark.timeout(120)
 START_METHODS = [name for name in multiprocessing.get_all_start_methods() if name != "fork"]

@@ -16,7 +16,7 @@ import torch as th
 from sb3_a3c.errors import RemoteTraceback, WorkerDiedError
 from sb3_a3c.processes.channel import WorkerChannel
 from sb3_a3c.processes.supervisor import Supervisor
-from sb3_a3c.workers.collector import PRELOAD
+from sb3_a3c.workers.worker_processes import PRELOAD
 
 pytestmark = pytest.mark.timeout(60)
 Start = Callable[..., Supervisor]
@@ -252,7 +252,7 @@ def test_a_dead_worker_is_replaced(target: Callable[..., None], start: Start) ->
 
 @pytest.mark.parametrize("hurries", [False, True])
 def test_a_worker_that_ignores_sigterm_is_killed(hurries: bool, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_a3c.processes.supervisor.STOP_SECONDS", 30.0 if hurries else 0.2)
+    monkeypatch.setattr("sb3_a3c.processes.process_group.STOP_SECONDS", 30.0 if hurries else 0.2)
     supervisor, hurry = start(ignore_sigterm), threading.Event()
     assert supervisor.receive(timeout=30)
     pids, began = supervisor.pids, time.monotonic()

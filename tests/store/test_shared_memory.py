@@ -20,7 +20,7 @@ from sb3_a3c.processes.supervisor import Supervisor
 from sb3_a3c.store.layout import Counter
 from sb3_a3c.store.optimizer_state import check_optimizer
 from sb3_a3c.store.shared_memory import SharedMemoryStore
-from sb3_a3c.workers.collector import PRELOAD
+from sb3_a3c.workers.worker_processes import PRELOAD
 from tests.store.small_policy import SPACE, assert_equal, cnn, copied, make_policy
 
 
