@@ -18,7 +18,7 @@ from sb3_a3c.actor_learner.acting import Rollout
 from sb3_a3c.actor_learner.actor_learner import ActorLearner
 from sb3_a3c.actor_learner.loss import LossTerms
 
-N_ENVS, N_STEPS, GAMMA, ENT_COEF, VF_COEF = 2, 20, 0.99, 0.01, 0.5
+N_ENVS, N_STEPS, GAMMA, ENT_COEF, VF_COEF = 2, 20, 0.99, 0.003, 0.5
 
 
 class EndsOften(gym.Wrapper[Any, Any, Any, Any]):

@@ -31,7 +31,7 @@ print("rewards", set(rewards), "timesteps", model.num_timesteps)
 @pytest.mark.parametrize(
     ("how", "start_method"),
     [
-        ("file", "spawn"),
+        pytest.param("file", "spawn", marks=pytest.mark.slow),
         ("stdin", "forkserver"),
         pytest.param("file", "forkserver", marks=pytest.mark.slow),
         pytest.param("cell", "forkserver", marks=pytest.mark.slow),

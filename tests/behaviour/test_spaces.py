@@ -472,7 +472,7 @@ def test_critic_without_memory_learns(policy: str, space: spaces.Box, n_workers:
     before = copied(model)
     assert_all_learned(model.learn(60), before)
     assert {"critic.weight", "critic.bias"} <= before.keys()
-    assert ("features_extractor.linear.0.weight" in before) == (extractor is not None)
+    assert "features_extractor.linear.0.weight" in before
 
 
 # --- optimizers -------------------------------------------------------------------------------------------------------

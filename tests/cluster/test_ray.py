@@ -211,6 +211,10 @@ def test_bad_input(case: str, cluster: Cluster, monkeypatch: pytest.MonkeyPatch)
     assert time.monotonic() - began < 15
 
 
+# --- faults and signals ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
 def test_an_agent_is_killed(cluster: Cluster) -> None:
     watch = Watch(n_pids=8, once=lambda watch: os.kill(agent(next(iter(watch.n_of))), signal.SIGKILL))
     with pytest.warns(UserWarning, match=r"^Host .* was lost .* They were replaced: restart 1 of at most 10\.$"):
@@ -218,7 +222,8 @@ def test_an_agent_is_killed(cluster: Cluster) -> None:
     assert watch.n_restarts == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals(number: signal.Signals, cluster: Cluster) -> None:
     """As on one machine: Ctrl-C, and a SIGTERM for which there is a handler, end training in order."""
     times: list[float] = []
@@ -234,9 +239,6 @@ def test_signals(number: signal.Signals, cluster: Cluster) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     assert time.monotonic() - times[0] < 10
-
-
-# --- faults that take longer -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

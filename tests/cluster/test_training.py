@@ -22,7 +22,7 @@ LocalHosts = Callable[..., None]
 N_STEPS = 5
 
 
-@pytest.mark.parametrize("policy", ["MlpPolicy", "MlpLstmPolicy"])
+@pytest.mark.parametrize("policy", [pytest.param("MlpPolicy", marks=pytest.mark.slow), "MlpLstmPolicy"])
 def test_one_host_with_one_worker_is_exact_to_the_bit(policy: str, local_hosts: LocalHosts) -> None:
     local_hosts(1)
     models = [
@@ -168,7 +168,8 @@ def parent(pid: int) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:Host host-.* Training continues")
-@pytest.mark.parametrize("n_lost", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_lost", [1, 2])
 def test_hosts_are_lost_for_which_there_is_no_other(n_lost: int, local_hosts: LocalHosts, tmp_path: Path) -> None:
     local_hosts(2, 1, folder=tmp_path)
     answers: list[list[float]] = []
