@@ -28,7 +28,7 @@ _VERSION = "_sb3_a3c_version"
 #: What that member says where there is none.
 _BEFORE = "0.1.0 or before"
 #: What LSTM policies did then unless told otherwise.
-_OLD_POLICY_KWARGS = dict(net_arch=[], lstm_hidden_size=256, layer_norm=False, normalize_values=False)
+_OLD_POLICY_KWARGS = dict(net_arch=[], lstm_hidden_size=256, normalize_values=False)
 
 #: Errors of a file that can't be replaced, but perhaps written to: it is mounted itself, or its folder is read-only.
 _IRREPLACEABLE = {errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS}

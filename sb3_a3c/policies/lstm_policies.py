@@ -48,8 +48,6 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     :param enable_critic_lstm: False without ``shared_lstm=True``: the critic has no memory, but a linear layer of
         ``lstm_hidden_size`` units in the place of the LSTM, as in sb3-contrib
     :param lstm_kwargs: further arguments for ``th.nn.LSTM`` (``dropout``, ``bias``)
-    :param layer_norm: layer normalization of the LSTM's output in front of the layers of each head. None: True, but for
-        ``CnnLstmPolicy``
     :param channels_last: keep convolution weights in ``th.channels_last``, which CPUs compute up to twice as fast
     :param normalize_values: let the value head learn normalized values, so that large rewards do no harm, see
         :class:`~sb3_a3c.policies.value_normalizer.ValueNormalizer`. None: True, but for ``CnnLstmPolicy``
@@ -60,11 +58,10 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     #: The features extractor of this class unless another one is given.
     default_features_extractor_class: type[BaseFeaturesExtractor] = EmbeddingExtractor
     # The arguments of these names unless they are given. In CartPole with hidden velocities, at a learning rate of 1e-3, a
-    # larger LSTM collapses to one action, without layers behind it policies learn later, and without layer normalization
-    # before and behind it good policies are lost again.
+    # larger LSTM collapses to one action, without layers behind it policies learn later, and without an embedding before it
+    # good policies are lost again. (With layer normalization behind it too, policies are lost in CartPole and Acrobot.)
     default_net_arch: tuple[int, ...] = (64,)
     default_lstm_hidden_size = 64
-    default_layer_norm = True
     default_normalize_values = True
 
     def __init__(
@@ -79,13 +76,11 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         shared_lstm: bool | None = None,
         enable_critic_lstm: bool | None = None,
         lstm_kwargs: dict[str, Any] | None = None,
-        layer_norm: bool | None = None,
         channels_last: bool = True,
         normalize_values: bool | None = None,
         **kwargs: Any,
     ) -> None:
         self.channels_last = channels_last
-        self.layer_norm = self.default_layer_norm if layer_norm is None else layer_norm
         self.normalize_values = self.default_normalize_values if normalize_values is None else normalize_values
         self.lstm_hidden_size = self.default_lstm_hidden_size if lstm_hidden_size is None else lstm_hidden_size
         self.n_lstm_layers = n_lstm_layers
@@ -106,7 +101,6 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
             shared_lstm=self.shared_lstm,
             enable_critic_lstm=self.enable_critic_lstm,
             lstm_kwargs=self.lstm_kwargs,
-            layer_norm=self.layer_norm,
             channels_last=self.channels_last,
             normalize_values=self.normalize_values,
         )
@@ -129,9 +123,6 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         self.mlp_extractor = MlpExtractor(
             self.lstm_hidden_size, net_arch=self.net_arch, activation_fn=self.activation_fn, device=self.device
         )
-        if self.layer_norm:
-            for layers in (self.mlp_extractor.policy_net, self.mlp_extractor.value_net):
-                layers.insert(0, nn.LayerNorm(self.lstm_hidden_size))
         self.value_normalizer = ValueNormalizer() if self.normalize_values else None
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -340,7 +331,6 @@ class LstmActorCriticCnnPolicy(LstmActorCriticPolicy):
     default_features_extractor_class = BabyCNN
     default_net_arch = ()
     default_lstm_hidden_size = 256
-    default_layer_norm = False
     default_normalize_values = False
 
 

@@ -34,7 +34,7 @@ KINDS: dict[str, tuple[type[LstmActorCriticPolicy], spaces.Space[Any], spaces.Sp
 }
 #: The LSTM policies with a critic without memory, and with other layers before the LSTM.
 VARIANTS = {
-    "mlp, flat": ("mlp", dict(features_extractor_class=FlattenExtractor, layer_norm=False)),
+    "mlp, flat": ("mlp", dict(features_extractor_class=FlattenExtractor)),
     "mlp, flat, memoryless critic": ("mlp", dict(features_extractor_class=FlattenExtractor, enable_critic_lstm=False)),
     "mlp, memoryless critic": ("mlp", dict(enable_critic_lstm=False)),
     "cnn, memoryless critic": ("cnn", dict(enable_critic_lstm=False)),
@@ -439,9 +439,8 @@ def test_default_network_of_other_observations(cls: type[MlpLstmPolicy]) -> None
     assert policy.value_normalizer is not None
     # embedding, LSTM with its two biases, a layer for each head, heads; layer normalization has two parameters a unit
     n_parameters = sum(parameter.numel() for parameter in policy.parameters())
-    assert n_parameters == (4 + 2) * 64 + 4 * 64 * (64 + 64 + 2) + 2 * (65 + 2) * 64 + 65 * 4 + 65
+    assert n_parameters == (4 + 2) * 64 + 4 * 64 * (64 + 64 + 2) + 2 * 65 * 64 + 65 * 4 + 65
     assert isinstance(policy.features_extractor, EmbeddingExtractor)
-    assert [type(layer) for layer in policy.mlp_extractor.value_net] == [th.nn.LayerNorm, th.nn.Linear, th.nn.Tanh]
 
 
 @pytest.mark.parametrize("kind", ["cnn", "multi"])
@@ -513,8 +512,7 @@ def test_arguments_of_a_shared_lstm_change_nothing(kind: str) -> None:
 
 @pytest.mark.parametrize("kwargs", [dict(enable_critic_lstm=False), dict(enable_critic_lstm=False, shared_lstm=False)])
 def test_critic_without_memory_is_sb3_contribs(kwargs: dict[str, Any]) -> None:
-    flat_features = dict(features_extractor_class=FlattenExtractor, layer_norm=False)
-    policy = make("mlp", net_arch=[8], normalize_values=False, **flat_features, **kwargs)
+    policy = make("mlp", net_arch=[8], normalize_values=False, features_extractor_class=FlattenExtractor, **kwargs)
     theirs = ContribMlpLstmPolicy(VECTOR, CHOICE, lambda _: 1e-4, net_arch=[8], lstm_hidden_size=HIDDEN, **kwargs)
     theirs.load_state_dict({re.sub(r"^lstm\.", "lstm_actor.", name): value for name, value in policy.state_dict().items()})
     state, starts = random_state(policy), STARTS.float()
