@@ -86,12 +86,11 @@ def test_old_models_for_dictionaries_load(tmp_path: Path) -> None:
     network = dict(
         net_arch=[],
         lstm_hidden_size=256,
-        layer_norm=False,
         normalize_values=False,
         features_extractor_class=CombinedExtractor,
     )
     model = A3C("MultiInputLstmPolicy", SimpleMultiObsEnv(random_start=False), policy_kwargs=network)
-    del model.policy_kwargs["features_extractor_class"], model.policy_kwargs["layer_norm"]  # as 0.1.0 saved it
+    del model.policy_kwargs["features_extractor_class"]  # as 0.1.0 saved it
     model.save(tmp_path / "model.zip")
     policy = A3C.load(without_version(tmp_path / "model.zip")).policy
     for new, old in zip(policy.state_dict().items(), model.policy.state_dict().items(), strict=True):
