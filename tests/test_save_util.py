@@ -339,7 +339,7 @@ for i in range(1, 10**9):
 def test_kill_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "file.bin"
     generator = np.random.default_rng()
-    for _ in range(5):
+    for _ in range(3):
         process = subprocess.Popen(
             [sys.executable, "-c", SAVER, str(path), save_util.__file__], stdout=subprocess.PIPE, text=True
         )

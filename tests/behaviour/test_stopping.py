@@ -285,7 +285,7 @@ def test_ctrl_c_while_the_first_workers_start(kind: str, earliest: float, tmp_pa
     ("number", "kind", "case"),
     [
         (signal.SIGKILL, "subproc", "killed"),
-        (signal.SIGTERM, "dummy", "stuck in C"),
+        pytest.param(signal.SIGTERM, "dummy", "stuck in C", marks=slow),
         pytest.param(signal.SIGKILL, "dummy", "stuck in C", marks=slow),
         pytest.param(signal.SIGTERM, "subproc", "killed", marks=slow),
         pytest.param(signal.SIGTERM, "dummy", "killed", marks=slow),

@@ -112,7 +112,7 @@ def test_exceptions_of_an_environment_arrive_with_their_traceback(local_hosts: L
     assert model.num_timesteps > 0
 
 
-@pytest.mark.parametrize("n_workers", [3, None])
+@pytest.mark.parametrize("n_workers", [pytest.param(3, marks=pytest.mark.slow), None])
 def test_numbers_of_workers(n_workers: int | None, local_hosts: LocalHosts) -> None:
     local_hosts(1, 1)
     model = A3C("MlpPolicy", DummyVecEnv([Countdown] * 3), n_workers=n_workers, n_steps=N_STEPS, cluster="auto")
@@ -197,6 +197,7 @@ def test_hosts_are_lost_for_which_there_is_no_other(n_lost: int, local_hosts: Lo
         assert model.num_timesteps >= 600
 
 
+@pytest.mark.slow
 def test_no_restart_is_left(local_hosts: LocalHosts) -> None:
     local_hosts(1, 1)
 

@@ -114,6 +114,7 @@ def test_default_environment(found: bool, default: str, monkeypatch: pytest.Monk
     assert cli._parse([]).env == default
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="/proc")
 def test_ctrl_c_leaves_no_process() -> None:
     command = [sys.executable, "-m", "sb3_a3c.doctor", "--env", "CartPole-v1", "--n-envs", "64", "--n-workers", "2"]
