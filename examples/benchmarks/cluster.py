@@ -31,7 +31,7 @@ from sb3_a3c import A3C
 
 HOSTS = (1, 2, 3)
 RATES = ((0.01, 2), (0.1, 6))  #: seconds of a step, workers on each node
-SIZES = (256, 1152, 3072)  #: of the two hidden layers of MlpPolicy: about 0.1, 1.5 and 10 million parameters
+SIZES = (220, 860, 2230)  #: of the two hidden layers of MlpPolicy: about 0.1, 1.5 and 10 million parameters
 BANDWIDTHS = (1e9, 1e10)  #: bits a second
 
 
