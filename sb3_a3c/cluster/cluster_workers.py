@@ -1,5 +1,6 @@
 """The collector's workers on the hosts of a cluster: the main process's side of the broker."""
 
+import dataclasses
 import functools
 import threading
 import time
@@ -246,4 +247,4 @@ def engine_of(cluster: str | dict[str, Any]) -> Callable[[], Engine]:
 
 def _all_free(nodes: Iterable[Node]) -> list[Node]:
     """Nodes of a cluster that may not have noticed yet that our agents there have ended."""
-    return [Node(node.key, node.name, node.n_cpus, node.n_cpus, node.is_here) for node in nodes]
+    return [dataclasses.replace(node, n_free=node.n_cpus) for node in nodes]

@@ -16,8 +16,9 @@ class MonitorRows:
     def __init__(self, env: VecEnv) -> None:
         of_all = [wrapper.results_writer for wrapper in wrappers(env) if isinstance(wrapper, VecMonitor)]
         monitors = [unwrap_wrapper(single, Monitor) for single in getattr(env.unwrapped, "envs", [])]
+        of_each = [[*of_all, monitor.results_writer if isinstance(monitor, Monitor) else None] for monitor in monitors]
         #: for each environment
-        self._writers = [[*of_all, monitor.results_writer if isinstance(monitor, Monitor) else None] for monitor in monitors]
+        self._writers = [[writer for writer in writers if writer is not None] for writers in of_each]
 
     def write(self, env_indices: Sequence[int], infos: Sequence[Sequence[dict[str, Any]]]) -> None:
         """
@@ -29,8 +30,7 @@ class MonitorRows:
             for env_index, info in zip(env_indices, step, strict=True):
                 if "episode" in info:
                     for writer in self._writers[env_index]:
-                        if writer is not None:
-                            _write(writer, info["episode"])
+                        _write(writer, info["episode"])
 
 
 def _write(writer: ResultsWriter, episode: dict[str, Any]) -> None:

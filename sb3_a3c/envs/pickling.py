@@ -79,7 +79,7 @@ class _EnvPickler(cloudpickle.Pickler):  # type: ignore[misc]
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, ResultsWriter):
             if not self._keep_writers:
-                return _none, ()
+                return type(None), ()
             return _reopen, (obj.file_handler.name, tuple(obj.logger.fieldnames))
         if isinstance(obj, VecEnvWrapper):  # its `class_attributes` can't be pickled
             state = {key: value for key, value in vars(obj).items() if key != "class_attributes"}
@@ -163,10 +163,6 @@ def _rebuild_ez_pickle(kind: type[EzPickle], arguments: dict[str, Any]) -> Any:
 
 def _update(obj: Any, attributes: dict[str, Any]) -> None:
     vars(obj).update(attributes)
-
-
-def _none() -> None:
-    return None
 
 
 def _reopen(filename: str, fieldnames: tuple[str, ...]) -> ResultsWriter:

@@ -19,7 +19,6 @@ it sends: a thread of its own writes the messages to each worker, and a thread o
 
 import math
 import multiprocessing.process
-import os
 import signal
 import threading
 import time
@@ -34,6 +33,7 @@ import torch as th
 from sb3_a3c.processes.channel import Pipe, dumps, worker_process
 from sb3_a3c.processes.heartbeats import HangDetector
 from sb3_a3c.processes.outbox import Outbox
+from sb3_a3c.processes.owner import Owned
 from sb3_a3c.processes.receiver import Died, Event
 from sb3_a3c.processes.signals import uninterrupted
 from sb3_a3c.processes.start import Arguments, prepared_start, process_context
@@ -42,7 +42,7 @@ from sb3_a3c.processes.start import Arguments, prepared_start, process_context
 STOP_SECONDS = 1.0
 
 
-class ProcessGroup:
+class ProcessGroup(Owned):
     """
     Processes that run ``target(channel, *arguments)``, each with arguments of its own. They are numbered.
 
@@ -73,7 +73,7 @@ class ProcessGroup:
         self._flags = th.zeros(1 + n_processes, 2, dtype=th.int64)  # the stop flag, and the workers' heartbeats
         self._flags.share_memory_()  # type: ignore[no-untyped-call]
         self._hang_detector = HangDetector(n_processes, timeout)
-        self._pid = os.getpid()
+        Owned.__init__(self)
         # these dictionaries and sets are by worker
         self._processes: dict[int, ForkServerProcess | SpawnProcess] = {}
         self._pipes: dict[int, Pipe[Any, Any]] = {}  # the open ones
@@ -113,11 +113,6 @@ class ProcessGroup:
     def pids(self) -> list[int]:
         """Process ids, in order of the workers."""
         return [self._processes[index].pid or -1 for index in sorted(self._processes)]
-
-    @property
-    def is_forked(self) -> bool:
-        """Whether this is a forked copy of the process that has started the workers, which must leave them alone."""
-        return os.getpid() != self._pid
 
     def poll(self, deadline: float) -> bool:
         """Wait for messages and deaths; read one message of each worker that has sent any. False after ``deadline``."""

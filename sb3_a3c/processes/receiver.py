@@ -5,7 +5,6 @@ they died, and lets them be asked.
 
 import itertools
 import math
-import os
 import pickle
 import time
 from abc import ABC, abstractmethod
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from sb3_a3c.errors import RemoteTraceback, WorkerDiedError
 from sb3_a3c.processes.channel import Answer, Raised, Request, Returned, dumps
+from sb3_a3c.processes.owner import Owned
 from sb3_a3c.processes.signals import uninterrupted
 
 
@@ -29,7 +29,7 @@ class Died(NamedTuple):
 Event: TypeAlias = bytes | Died
 
 
-class EventReceiver(ABC):
+class EventReceiver(Owned, ABC):
     """
     The receiving end of ``n_workers`` workers, which exceptions call ``name`` and their number.
 
@@ -38,7 +38,7 @@ class EventReceiver(ABC):
 
     def __init__(self, n_workers: int, name: str = "worker") -> None:
         self._n_workers, self._worker_name = n_workers, name
-        self._creator = os.getpid()
+        Owned.__init__(self)
         self._answers: dict[int, Answer] = {}  # by worker
         self._ended: set[int] = set()  # workers that have returned, raised or died
         self._received: list[tuple[int, Any]] = []  # messages for the next call of `take`
@@ -66,11 +66,6 @@ class EventReceiver(ABC):
     def finished(self) -> bool:
         """Whether all workers have ended and all their messages and failures have been received."""
         return len(self.ended) == self._n_workers
-
-    @property
-    def is_forked(self) -> bool:
-        """Whether this is a forked copy of the process that has started the workers, which must leave them alone."""
-        return os.getpid() != self._creator
 
     def _check_not_forked(self) -> None:
         if self.is_forked:

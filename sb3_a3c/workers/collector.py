@@ -6,7 +6,6 @@ steps of ``n_envs`` transitions for Stable-Baselines3's callbacks, and passes on
 """
 
 import math
-import os
 import sys
 import threading
 import time
@@ -29,6 +28,7 @@ from sb3_a3c.envs.subproc import take_back
 from sb3_a3c.envs.wrapper_state import WrapperCounts, continue_from, finish_videos, wrappers
 from sb3_a3c.errors import WorkerDiedError, warn
 from sb3_a3c.processes.machine import n_cores
+from sb3_a3c.processes.owner import Owned
 from sb3_a3c.processes.signals import uninterrupted
 from sb3_a3c.store.shared_memory import NO_GOAL, SharedMemoryStore
 from sb3_a3c.workers.assignment import MAX_ROLLOUTS_WAITING, Assignment, counted
@@ -59,7 +59,7 @@ HURRY_SECONDS, LOOK_SECONDS = 0.5, 0.1
 MakeWorkers: TypeAlias = Callable[[Assignment, SharedMemoryStore], Workers]
 
 
-class HogwildCollector:
+class HogwildCollector(Owned):
     """
     Workers that learn on shared parameters, and what they report. They start at once and run until :meth:`stop`. Until
     then calls to ``env`` reach the workers' environments.
@@ -80,6 +80,7 @@ class HogwildCollector:
         make_workers: MakeWorkers = workers_here,
         max_restarts: int = 0,
     ) -> None:
+        super().__init__()
         self._env = env = assignment.env
         self.hyperparams, self._normalization = assignment.hyperparams, options(env)
         self._assignment = assignment
@@ -98,7 +99,6 @@ class HogwildCollector:
         self._given_up: set[int] = set()  # dead workers that could not be replaced
         self._wrapper_counts: dict[int, WrapperCounts] = {}  # of workers that have sent their final state
         self._max_restarts = max_restarts
-        self._pid = os.getpid()
         self.n_restarts = 0
         self._is_ending = False
         self._env_proxy: EnvProxy | None = None
@@ -154,11 +154,6 @@ class HogwildCollector:
             self.hyperparams, self._normalization = hyperparams, normalization
             for worker in range(self._n_workers):
                 self._workers.send(worker, UpdateHyperparams(hyperparams, normalization))
-
-    @property
-    def is_forked(self) -> bool:
-        """Whether this is the copy in a forked process, which must leave the workers and the environments alone."""
-        return os.getpid() != self._pid
 
     def drain(self) -> None:
         """Let the workers learn no more, and receive what they did last. Calls to the environments still reach them."""

@@ -8,27 +8,25 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c.actor_learner.actor_learner import ActorLearner
 from sb3_a3c.actor_learner.config import WorkerConfig
 from sb3_a3c.envs.last_step import allow_last_step, refuse_last_step
 from sb3_a3c.store.base import ParameterStore
-from sb3_a3c.workers.protocol import RolloutFinished, Ticket, UpdateHyperparams
+from sb3_a3c.workers.protocol import OnOneStore, RolloutFinished, Ticket, UpdateHyperparams
 
 
-class InProcessWorker:
+class InProcessWorker(OnOneStore):
     """
     :class:`~sb3_a3c.workers.protocol.Workers` of one, in the user's environments: to wait for it is to let it make its next
     rollout. It has its own random state and number of threads.
     """
 
     n_here = 0
-    stops_at_goal = True
-    stop_seconds = 2.0
 
     def __init__(self, config: WorkerConfig, env: VecEnv, store: ParameterStore) -> None:
+        super().__init__(store)
         self._stop = False
         self.finished = False
         self._received: list[tuple[int, Any]] = []
@@ -79,18 +77,6 @@ class InProcessWorker:
     def replace_all(self, workers: Iterable[int]) -> None:
         """Never called: the worker dies with this process."""
         raise NotImplementedError
-
-    def load(self, policy: ActorCriticPolicy) -> None:
-        self._arguments[2].load_policy(policy)
-
-    def sync(self, with_optimizer: bool = False) -> None:
-        pass
-
-    def pop_hint(self) -> str:
-        return ""
-
-    def pop_figures(self) -> Mapping[str, Any]:
-        return {}
 
     def request_stop(self) -> None:
         self._stop = True

@@ -26,6 +26,7 @@ from sb3_a3c.actor_learner.report import Report
 from sb3_a3c.envs.normalize import Deltas
 from sb3_a3c.envs.wrapper_state import WrapperCounts
 from sb3_a3c.errors import WorkerDiedError
+from sb3_a3c.store.base import ParameterStore
 
 
 class Ticket(NamedTuple):
@@ -128,3 +129,25 @@ class Workers(Protocol):
     def request_stop(self) -> None: ...
 
     def stop(self, hurry: threading.Event) -> None: ...
+
+
+class OnOneStore:
+    """The part of :class:`Workers` that is the same wherever they push to the collector's own store."""
+
+    stops_at_goal = True
+    stop_seconds = 2.0
+
+    def __init__(self, store: ParameterStore) -> None:
+        self._store = store
+
+    def load(self, policy: ActorCriticPolicy) -> None:
+        self._store.load_policy(policy)
+
+    def sync(self, with_optimizer: bool = False) -> None:
+        pass
+
+    def pop_hint(self) -> str:
+        return ""
+
+    def pop_figures(self) -> Mapping[str, Any]:
+        return {}

@@ -1,16 +1,13 @@
 """The workers of a training on this machine: processes, or the one in this process."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
-from stable_baselines3.common.policies import ActorCriticPolicy
+from collections.abc import Iterable
 
 from sb3_a3c.envs.wrapper_state import begin_episodes
 from sb3_a3c.processes.supervisor import Supervisor
 from sb3_a3c.store.base import ParameterStore
 from sb3_a3c.workers.assignment import Assignment
 from sb3_a3c.workers.in_process import InProcessWorker
-from sb3_a3c.workers.protocol import Workers
+from sb3_a3c.workers.protocol import OnOneStore, Workers
 from sb3_a3c.workers.worker_main import run_worker
 
 #: Modules that a fork server imports once for all workers. torch's optimizers import torch._dynamo at their first step,
@@ -18,35 +15,21 @@ from sb3_a3c.workers.worker_main import run_worker
 PRELOAD = ("sb3_a3c.workers.worker_main", "stable_baselines3.common.vec_env", "torch._dynamo", "cv2", "ale_py")
 
 
-class WorkerProcesses(Supervisor):
+class WorkerProcesses(OnOneStore, Supervisor):
     """:class:`~sb3_a3c.workers.protocol.Workers` in processes of this machine, which map the store's memory."""
-
-    stops_at_goal = True
-    stop_seconds = 2.0
 
     def __init__(
         self, assignment: Assignment, store: ParameterStore, start_method: str | None = None, timeout: float | None = None
     ) -> None:
         arguments = [(store, *assignment.arguments(worker)) for worker in range(assignment.n_workers)]
-        super().__init__(run_worker, arguments, start_method, PRELOAD, timeout)
+        OnOneStore.__init__(self, store)
+        Supervisor.__init__(self, run_worker, arguments, start_method, PRELOAD, timeout)
         self.n_here = assignment.n_workers
-        self._assignment, self._store = assignment, store
+        self._assignment = assignment
 
     def replace_all(self, workers: Iterable[int]) -> None:
         for worker in workers:
             self.replace(worker, (self._store, *self._assignment.arguments(worker)))
-
-    def load(self, policy: ActorCriticPolicy) -> None:
-        self._store.load_policy(policy)
-
-    def sync(self, with_optimizer: bool = False) -> None:
-        pass
-
-    def pop_hint(self) -> str:
-        return ""
-
-    def pop_figures(self) -> Mapping[str, Any]:
-        return {}
 
 
 def workers_here(

@@ -215,9 +215,16 @@ def test_bad_input(case: str, cluster: Cluster, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-def test_an_agent_is_killed(cluster: Cluster) -> None:
-    watch = Watch(n_pids=8, once=lambda watch: os.kill(agent(next(iter(watch.n_of))), signal.SIGKILL))
-    with pytest.warns(UserWarning, match=r"^Host .* was lost .* They were replaced: restart 1 of at most 10\.$"):
+@pytest.mark.parametrize(
+    ("number", "match"),
+    [
+        pytest.param(signal.SIGKILL, r"^Host .* was lost .* They were replaced: restart 1 of at most 10\.$", id="killed"),
+        pytest.param(signal.SIGSTOP, r"^Host .* did not answer for 30 s.* They were replaced", id="hangs"),
+    ],
+)
+def test_an_agent_is_killed_or_hangs(number: signal.Signals, match: str, cluster: Cluster) -> None:
+    watch = Watch(n_pids=8, once=lambda watch: os.kill(agent(next(iter(watch.n_of))), number))
+    with pytest.warns(UserWarning, match=match):
         train(cluster, watch)
     assert watch.n_restarts == 1
 
@@ -259,14 +266,6 @@ def test_the_broker_is_killed(cluster: Cluster) -> None:
 
     watch = Watch(n_pids=12, once=kill)
     with pytest.warns(UserWarning, match="^The process that connects this one .* was killed.* They were replaced"):
-        train(cluster, watch)
-    assert watch.n_restarts == 1
-
-
-@pytest.mark.slow
-def test_an_agent_hangs(cluster: Cluster) -> None:
-    watch = Watch(n_pids=8, once=lambda watch: os.kill(agent(next(iter(watch.n_of))), signal.SIGSTOP))
-    with pytest.warns(UserWarning, match=r"^Host .* did not answer for 30 s.* They were replaced"):
         train(cluster, watch)
     assert watch.n_restarts == 1
 
