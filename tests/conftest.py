@@ -11,6 +11,8 @@ import gymnasium as gym
 import pytest
 import torch as th
 
+from tests.cluster.local_engine import train_on_hosts
+
 assert sys.__stderr__ is not None
 faulthandler.enable(file=sys.__stderr__)
 gym.register_envs(ale_py)
@@ -26,3 +28,14 @@ def _threads_are_left_alone() -> Iterator[None]:
     before = th.get_num_threads()
     yield
     assert th.get_num_threads() == before
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--on-hosts", action="store_true", help="train in workers of two hosts (without Ray), where A3C can")
+
+
+@pytest.fixture(autouse=True)
+def _train_on_hosts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``--on-hosts``, tests of training in worker processes are tests of training on a cluster."""
+    if request.config.getoption("--on-hosts"):
+        train_on_hosts(monkeypatch)

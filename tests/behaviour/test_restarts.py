@@ -27,7 +27,8 @@ from sb3_a3c.actor_learner.report import Report
 from tests.toy_envs import Countdown
 
 N_STEPS = 5
-REPLACED = pytest.mark.filterwarnings("ignore:Worker . was killed")
+WORKER_0 = r"Worker 0( on host-\d)?"  #: with ``--on-hosts`` messages name the host
+REPLACED = pytest.mark.filterwarnings("ignore:Worker .( on host-.)? was killed")
 
 
 class Called(Countdown):
@@ -69,8 +70,9 @@ class Seen(BaseCallback):
         self.infos += self.locals["infos"]
         self.n_restarts = self.model._collector.n_restarts  # type: ignore[attr-defined]
         if self.n_calls in self.kill_at:
-            pids = self.model._collector._workers.pids  # type: ignore[attr-defined]
-            victim = pids[len(self.killed) % len(pids)]
+            # each environment's worker is that of its last step that is known
+            pids = dict.fromkeys(info["pid"] for info in self.locals["infos"] if info["pid"] not in self.killed)
+            victim = list(pids)[len(self.killed) % len(pids)]
             self.killed.append(victim)
             os.kill(victim, signal.SIGKILL)
         return True
@@ -129,7 +131,7 @@ def test_a_replacement_has_its_own_seeds() -> None:
 
 
 def test_each_restart_is_a_warning_and_logged() -> None:
-    message = r"^Worker \d was killed by SIGKILL.* It was replaced: restart \d of at most 10\.$"
+    message = r"^Worker \d( on host-\d)? was killed by SIGKILL.* It was replaced: restart \d of at most 10\.$"
     model = A3C("MlpPolicy", countdowns(), n_steps=N_STEPS, n_workers=2)
     logger = configure(None, [])
     logged: list[Any] = []
@@ -144,11 +146,11 @@ def test_each_restart_is_a_warning_and_logged() -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (signal.SIGKILL, "Worker 0 was killed by SIGKILL"),
-        (signal.SIGTERM, "Worker 0 was killed by SIGTERM"),
-        (signal.SIGSEGV, "Worker 0 was killed by SIGSEGV. Most likely C code"),
-        ("os._exit", "Worker 0 exited with code 3"),
-        ("hang", r"Worker 0 was killed because it made no progress for 0\.5 s"),
+        (signal.SIGKILL, f"{WORKER_0} was killed by SIGKILL"),
+        (signal.SIGTERM, f"{WORKER_0} was killed by SIGTERM"),
+        (signal.SIGSEGV, f"{WORKER_0} was killed by SIGSEGV. Most likely C code"),
+        ("os._exit", f"{WORKER_0} exited with code 3"),
+        ("hang", rf"{WORKER_0} was killed because it made no progress for 0\.5 s"),
     ],
 )
 def test_each_kind_of_death(how: signal.Signals | str, message: str, tmp_path: Path) -> None:
@@ -170,7 +172,7 @@ def test_max_worker_restarts(max_worker_restarts: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     model = A3C("MlpPolicy", DummyVecEnv([AlwaysDies]), n_workers=1, max_worker_restarts=max_worker_restarts)
-    with pytest.raises(WorkerDiedError, match="Worker 0 was killed by SIGKILL") as raised:
+    with pytest.raises(WorkerDiedError, match=f"{WORKER_0} was killed by SIGKILL") as raised:
         model.learn(100)
     if max_worker_restarts:
         assert raised.value.__notes__ == ["2 workers were replaced before: max_worker_restarts is used up."]
@@ -260,8 +262,14 @@ def test_a_replacement_has_the_current_hyperparameters() -> None:
 def test_a_worker_with_a_subproc_vec_env_is_not_replaced() -> None:
     env = make_vec_env("CartPole-v1", n_envs=2, vec_env_cls=SubprocVecEnv)
     model = A3C("MlpPolicy", env, n_steps=N_STEPS, n_workers=2)
+
+    def kill(local: dict[str, Any], _: dict[str, Any]) -> bool:
+        if local["self"].num_timesteps == 100:
+            os.kill(local["self"]._collector._workers.pids[0], signal.SIGKILL)
+        return True
+
     with pytest.raises(WorkerDiedError, match="Worker 0 was killed by SIGKILL"):
-        model.learn(100_000, callback=Seen(kill_at={50}))
+        model.learn(100_000, callback=kill)
     assert model._n_updates > 0
     with contextlib.suppress(ConnectionError, EOFError):
         env.close()

@@ -1,5 +1,6 @@
 """An engine without Ray: agents are processes of this machine, or live in the broker's own process, which starts sooner."""
 
+import functools
 import itertools
 import pickle
 import threading
@@ -8,10 +9,16 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import pytest
+from stable_baselines3.common.vec_env import SubprocVecEnv
+
+from sb3_a3c import A3C
+from sb3_a3c.cluster import cluster_workers
 from sb3_a3c.cluster.engine import Agent, HostLostError, Node
 from sb3_a3c.cluster.host import Host
 from sb3_a3c.errors import WorkerDiedError
 from sb3_a3c.processes.channel import WorkerChannel
+from sb3_a3c.processes.machine import n_cores
 from sb3_a3c.processes.supervisor import Supervisor
 from sb3_a3c.workers.worker_processes import PRELOAD
 
@@ -121,3 +128,25 @@ class ProcessAgent:
                 self._fault = f"was lost ({death})"
                 for future in self._waiting.values():
                     future.set_exception(HostLostError(self._fault))
+
+
+def set_engine(monkeypatch: pytest.MonkeyPatch, *n_cpus: int, **kwargs: Any) -> None:
+    """``cluster="auto"`` means hosts with these numbers of CPUs."""
+    monkeypatch.setattr("sb3_a3c.arguments._has_ray", lambda: True)  # it is not needed
+    monkeypatch.setattr(cluster_workers, "engine_of", lambda cluster: functools.partial(LocalEngine, n_cpus, **kwargs))
+
+
+def train_on_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``learn`` trains on two hosts, where it would start processes for an environment that can be sent to others."""
+    set_engine(monkeypatch, 8, 8)
+    learn = A3C.learn
+
+    def learn_on_hosts(model: A3C, *args: Any, **kwargs: Any) -> A3C:
+        is_here = model.n_workers == 0 or model.take_turns or isinstance(model.env.unwrapped, SubprocVecEnv)  # type: ignore[union-attr]
+        with pytest.MonkeyPatch.context() as patch:
+            if not is_here:
+                patch.setattr(model, "cluster", "auto")
+                patch.setattr(model, "n_workers", model.n_workers or min(model.n_envs, n_cores()))
+            return learn(model, *args, **kwargs)
+
+    monkeypatch.setattr(A3C, "learn", learn_on_hosts)
