@@ -5,10 +5,10 @@ steps of the environments wait 10 and 100 ms, what an exchange takes, and the st
     python examples/benchmarks/cluster.py [--seconds 20] [--repetitions 3]
 
 Latency is slept, so it needs no cores. Environments of 10 ms: 2 workers of one environment on each node; of 100 ms: 6, and
-for comparison 18 workers without a cluster. Exchange times: workers whose environments wait, so that hosts do little else;
-policies with about 0.1, 1.5 and 10 million parameters. Every measurement is a process of its own; repetitions alternate, and
-medians are reported. There is no network between the nodes: staleness with one is computed. Leave the machine alone
-meanwhile.
+for comparison 18 workers without a cluster. Exchange times: an update after each step of 100 ms, 2 workers on each node, so
+that hosts do little else; policies with about 0.1, 1.5 and 10 million parameters. Every measurement is a process of its own;
+repetitions alternate, and medians are reported. There is no network between the nodes: staleness with one is computed. Leave
+the machine alone meanwhile.
 """
 
 import argparse
@@ -88,6 +88,7 @@ def train(n_hosts: int, step_seconds: float, workers_per_host: int, size: int, s
         model = A3C(
             "MlpPolicy",
             DummyVecEnv([lambda: Waiting(step_seconds)] * n_workers),
+            n_steps=1 if size else 20,
             n_workers=n_workers,
             cluster=cluster and cluster.address,
             policy_kwargs=dict(net_arch=[size, size] if size else [64, 64]),
@@ -142,7 +143,7 @@ def report_exchanges(seconds: float) -> None:
     print("\n| parameters | hosts | exchange, ms | staleness | with 1 Gbit/s | with 10 Gbit/s |\n|---|---|---|---|---|---|")
     for size in SIZES:
         for n_hosts in (1, 3):
-            result = measure(n_hosts, 0.01, 2, size, seconds)
+            result = measure(n_hosts, 0.1, 2, size, seconds)
             per_host = result["updates/s"] / n_hosts
             transfer = [8 * n_hosts * 4 * result["parameters"] / bandwidth for bandwidth in BANDWIDTHS]
             slow, fast = ((n_hosts - 1) * per_host * max(0.05, each) for each in transfer)

@@ -15,7 +15,7 @@ from stable_baselines3.common.monitor import Monitor, load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_a3c import A3C, WorkerDiedError
-from tests.toy_envs import Countdown
+from tests.toy_envs import Countdown, StepCounter
 
 pytestmark = pytest.mark.timeout(120)
 LocalHosts = Callable[..., None]
@@ -135,7 +135,7 @@ def test_numbers_of_workers(n_workers: int | None, local_hosts: LocalHosts) -> N
 @pytest.mark.filterwarnings("ignore:Host host-. ", "ignore:The process that connects", "ignore:Worker . on host-. ")
 @pytest.mark.parametrize("victim", ["broker", *(pytest.param(each, marks=pytest.mark.slow) for each in ("worker", "agent"))])
 def test_what_dies_is_replaced_and_the_count_is_exact(victim: str, local_hosts: LocalHosts, tmp_path: Path) -> None:
-    """The callbacks see each transition that is counted once."""
+    """``num_timesteps`` is what the environments of all workers have counted, dead ones included."""
     local_hosts(1, 1, in_processes=victim == "agent")
 
     class Kill(BaseCallback):
@@ -154,11 +154,15 @@ def test_what_dies_is_replaced_and_the_count_is_exact(victim: str, local_hosts: 
             return True
 
     kill = Kill()
-    model = A3C("MlpPolicy", DummyVecEnv([Countdown] * 2), n_steps=N_STEPS, cluster="auto")
+    model = A3C("MlpPolicy", DummyVecEnv([lambda: StepCounter(Countdown())] * 2), n_steps=N_STEPS, cluster="auto")
     model.learn(3000, kill)
     assert kill.n_restarts == 1
     assert 3000 <= model.num_timesteps <= 3000 + 2 * N_STEPS
-    assert len(kill.infos) == model.num_timesteps // 2 * 2
+    counted: dict[int, list[int]] = {}  # by each worker's environment
+    for info in kill.infos:
+        counted.setdefault(info["pid"], []).append(info["n_steps"])
+    assert all(numbers == list(range(1, len(numbers) + 1)) for numbers in counted.values())
+    assert sum(map(len, counted.values())) == model.num_timesteps // 2 * 2  # the last call needs a step of each environment
     assert len({info["pid"] for info in kill.infos}) == (4 if victim == "broker" else 3)
     assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
 
