@@ -63,9 +63,9 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     default_net_arch: tuple[int, ...] = (64,)
     default_lstm_hidden_size = 64
     default_normalize_values = True
-    #: Adam's ``eps`` with normalized values, whose losses are in units that do not depend on the rewards. A smaller one lets
-    #: gradients of noise only (Acrobot before the first success) take steps as large as others, until all actions are the same.
-    default_adam_eps = 1e-2
+    #: Adam's ``eps`` with normalized values, with which losses do not grow with rewards. With a smaller one, gradients
+    #: of noise only (Acrobot before its first success) move parameters as far as others do, until all actions are the same.
+    default_adam_eps: float | None = 1e-3
 
     def __init__(
         self,
@@ -93,7 +93,8 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         if errors := impossible({**kwargs, **own}):
             raise ValueError(" ".join(errors))
         kwargs.setdefault("features_extractor_class", self.default_features_extractor_class)
-        if self.normalize_values and kwargs.get("optimizer_class", th.optim.Adam) is th.optim.Adam:
+        uses_adam = kwargs.get("optimizer_class", th.optim.Adam) is th.optim.Adam
+        if uses_adam and self.normalize_values and self.default_adam_eps is not None:
             kwargs["optimizer_kwargs"] = {"eps": self.default_adam_eps, **(kwargs.get("optimizer_kwargs") or {})}
         net_arch = list(self.default_net_arch) if net_arch is None else net_arch
         super().__init__(observation_space, action_space, lr_schedule, net_arch, *args, **kwargs)
@@ -337,6 +338,7 @@ class LstmActorCriticCnnPolicy(LstmActorCriticPolicy):
     default_net_arch = ()
     default_lstm_hidden_size = 256
     default_normalize_values = False
+    default_adam_eps = None
 
 
 class LstmMultiInputActorCriticPolicy(LstmActorCriticPolicy):

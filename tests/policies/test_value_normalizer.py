@@ -74,6 +74,19 @@ def test_only_policies_for_images_learn_raw_values_by_default() -> None:
         assert not any("normalizer" in key for key in policy.state_dict())
 
 
+def test_adam_does_not_magnify_noise_where_the_size_of_losses_is_known() -> None:
+    def eps(policy: Any) -> float:
+        (group,) = policy.optimizer.param_groups
+        value: float = group["eps"]
+        return value
+
+    assert eps(make()) == eps(make(optimizer_kwargs=dict(fused=True))) == 1e-3
+    assert eps(make(optimizer_kwargs=dict(eps=1e-8))) == 1e-8
+    for raw in (make(normalize_values=False), make(CnnLstmPolicy, IMAGE), make(CnnLstmPolicy, IMAGE, normalize_values=True)):
+        assert eps(raw) == 1e-5  # SB3's
+    assert eps(make(optimizer_class=th.optim.RMSprop)) == 1e-8
+
+
 def test_feed_forward_policies_learn_raw_values() -> None:
     adapter = as_recurrent(MlpPolicy(VECTOR, spaces.Discrete(2), lambda _: 1e-3))
     assert adapter.update_value_scale(np.array([-30.0, 40.0])) == 1
