@@ -208,6 +208,21 @@ def test_results_are_reproduced_quickly(tmp_path: Path) -> None:
     assert curve["timesteps"].is_monotonic_increasing
     assert curve["timesteps"].iloc[-1] == pytest.approx(2000, abs=300)
     assert curve["return"].between(9, 200).all()
+    command = [
+        sys.executable,
+        str(script.with_name("trained_agent.py")),
+        "pong",
+        "--logs",
+        "logs/quick",
+        "--folder",
+        "trained",
+    ]
+    subprocess.run([*command, "--steps", "30"], cwd=tmp_path, check=True, timeout=100)
+    kept = tmp_path / "trained" / "a3c" / "PongNoFrameskip-v4_1"
+    assert (kept / "PongNoFrameskip-v4.zip").stat().st_size < 7e6
+    assert (kept / "PongNoFrameskip-v4.gif").read_bytes().startswith(b"GIF89a")
+    command = [sys.executable, "-m", "sb3_a3c.zoo", "enjoy", "--env", "PongNoFrameskip-v4", "-f", "trained", "--no-render"]
+    subprocess.run([*command, "-n", "100"], cwd=tmp_path, check=True, timeout=100)
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ class Run:
 
         :param seconds: that the training took
         """
-        env = self._evaluation_env()
+        env = self.evaluation_env()
         model = ALGOS[self.row.algo].load(self.newest / f"{self.row.env_id}.zip", device="cpu")
         lines = []
         for actions in ("sampled", "most probable"):
@@ -161,12 +161,15 @@ class Run:
         }
         return [line | about_run for line in lines]
 
-    def _evaluation_env(self) -> VecEnv:
+    def evaluation_env(self, n_envs: int = 4, env_kwargs: dict[str, Any] | None = None) -> VecEnv:
+        """As for training, but in Atari full games with unclipped rewards."""
         hyperparams, stats_path = get_saved_hyperparams(str(self.newest / self.row.env_id), test_mode=True)
         if self.row.is_atari:
             hyperparams["env_wrapper"] = [{"stable_baselines3.common.atari_wrappers.AtariWrapper": FULL_GAMES}]
-        settings: dict[str, Any] = dict(seed=1000 + self.seed, should_render=False, vec_env_cls=DummyVecEnv)
-        return create_test_env(self.row.env_id, 4, stats_path, hyperparams=hyperparams, **settings)
+        settings: dict[str, Any] = dict(
+            seed=1000 + self.seed, should_render=False, vec_env_cls=DummyVecEnv, env_kwargs=env_kwargs
+        )
+        return create_test_env(self.row.env_id, n_envs, stats_path, hyperparams=hyperparams, **settings)
 
 
 def _commit() -> str:
