@@ -20,6 +20,8 @@ autodoc_typehints = "none"  # signatures of A2C's length are hard to read with t
 autodoc_member_order = "bysource"
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_title = f"sb3_a3c {__version__}"
 html_math_renderer = "mathml"
 

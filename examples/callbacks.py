@@ -1,5 +1,5 @@
 """
-Callbacks: checkpoints, evaluations that end the training, and one of your own that fills TensorBoard's HPARAMS tab:
+Callbacks: checkpoints, evaluations that end the training, and your own callback that fills TensorBoard's HPARAMS tab:
 
     python examples/callbacks.py [timesteps] && tensorboard --logdir logs/callbacks
 """
@@ -51,9 +51,9 @@ evaluation = EvalCallback(
     best_model_save_path=str(folder),
 )
 model = A3C("MlpPolicy", env, learning_rate=1e-3, seed=0, verbose=1, tensorboard_log=str(folder))
-# with tqdm and rich installed (they come with stable-baselines3[extra]) also: progress_bar=True
+# if tqdm and rich are installed (as by stable-baselines3[extra]), progress_bar=True shows a progress bar
 model.learn(timesteps, [checkpoints, evaluation, Notes()], log_interval=10)
-print(f"Best evaluation: {evaluation.best_mean_reward:.1f}, after {model.num_timesteps} timesteps in all")
+print(f"Best evaluation: {evaluation.best_mean_reward:.1f}, after {model.num_timesteps} timesteps")
 
 model.logger.close()
 env.close()

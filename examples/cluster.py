@@ -1,10 +1,11 @@
 """
-Train on a cluster of three nodes on this machine, and see what each host does.
+Train on a cluster of three nodes on this machine, and count what each node does:
 
     pip install -c constraints.txt -e ".[cluster]"
     python examples/cluster.py [timesteps]
 
-On real machines, `ray start` starts the cluster (docs/several_hosts.md), and a script only needs A3C(…, cluster="auto").
+On several machines, start the cluster with `ray start` (docs/several_hosts.md). Then a script only needs
+A3C(…, cluster="auto").
 """
 
 import os
@@ -28,7 +29,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 
 class TellProcess(gym.Wrapper[Any, Any, Any, Any]):
-    """Adds to each info the process of the worker that made this step."""
+    """Adds the process id of the worker to each info."""
 
     def step(self, action: Any) -> Any:
         *step, info = super().step(action)
@@ -36,7 +37,7 @@ class TellProcess(gym.Wrapper[Any, Any, Any, Any]):
 
 
 class CountByHost(BaseCallback):
-    """Counts the timesteps of each host's workers. A host is known by the process id of its agent."""
+    """Counts the timesteps of each host's workers. A host is identified by the process id of its agent."""
 
     reads_observations = False  # so that they need not be sent
 

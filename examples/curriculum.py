@@ -1,5 +1,5 @@
 """
-A curriculum: a callback makes an environment of your own harder as soon as the agent has mastered it:
+A curriculum: a callback makes your own environment harder whenever the agent has mastered it:
 
     python examples/curriculum.py [timesteps]
 """
@@ -43,7 +43,7 @@ class Search(gym.Env[Any, Any]):
 
 
 class Curriculum(BaseCallback):
-    """One step farther whenever nine of ten episodes are won."""
+    """Moves the goal one step farther away whenever nine of ten episodes reach it."""
 
     difficulty = 1
 
@@ -52,7 +52,7 @@ class Curriculum(BaseCallback):
         assert episodes is not None
         if len(episodes) == episodes.maxlen and np.mean([episode["r"] for episode in episodes]) >= 0.9:
             self.difficulty += 1
-            # set_wrapper_attr finds the attribute below Monitor; SB3's set_attr would set one of Monitor's own
+            # set_wrapper_attr finds the environment inside Monitor; SB3's set_attr would set the attribute in Monitor
             self.training_env.env_method("set_wrapper_attr", "difficulty", self.difficulty)
             episodes.clear()  # judge by new episodes
         self.logger.record("rollout/difficulty", self.difficulty)

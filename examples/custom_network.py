@@ -1,5 +1,5 @@
 """
-A network of your own: features extractor, LSTM, layers and optimizer, on CartPole without velocities, which needs memory:
+Your own network: features extractor, LSTM, layers and optimizer, on CartPole without velocities, a task that needs memory:
 
     python examples/custom_network.py [timesteps]
 """

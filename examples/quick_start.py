@@ -1,5 +1,5 @@
 """
-Train on CartPole, save, load, evaluate, and act in a loop of your own:
+Train on CartPole, save, load, evaluate, and act in your own loop:
 
     python examples/quick_start.py [timesteps]
 """
@@ -17,7 +17,7 @@ timesteps = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
 folder = Path("logs/quick_start")
 folder.mkdir(parents=True, exist_ok=True)
 
-env = make_vec_env("CartPole-v1", n_envs=8, seed=0)  # dealt out among the workers, one for each core
+env = make_vec_env("CartPole-v1", n_envs=8, seed=0)  # divided among the workers, one for each core
 model = A3C("MlpPolicy", env, learning_rate=1e-3, seed=0, verbose=1)
 model.learn(timesteps)
 model.save(folder / "model.zip")
@@ -33,7 +33,7 @@ game = gym.make("CartPole-v1")  # render_mode="human" to watch it (pip install p
 obs, info = game.reset(seed=0)
 steps, over = 0, False
 while not over:
-    action, state = model.predict(obs, deterministic=True)  # an LSTM wants its state back: predict(obs, state, …)
+    action, state = model.predict(obs, deterministic=True)  # with an LSTM, pass the state: predict(obs, state, …)
     obs, reward, terminated, truncated, info = game.step(action)
     steps, over = steps + 1, terminated or truncated
 print(f"One more episode: {steps} steps")

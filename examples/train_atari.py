@@ -1,12 +1,12 @@
 """
-Train A3C on an Atari game, resume it, watch it, record it: baby-a3c's script on today's stack.
+Train A3C on an Atari game, resume a run, and watch or record the agent:
 
     python examples/train_atari.py --env PongNoFrameskip-v4 --timesteps 2000000 --seed 1
     python examples/train_atari.py --env PongNoFrameskip-v4 --timesteps 4000000 --seed 1 --resume
     python examples/train_atari.py --env PongNoFrameskip-v4 --record pong.mp4
 
-Everything goes to logs/<env>/: checkpoints, model.zip, best_model.zip, one monitor CSV for each environment, TensorBoard.
-Timesteps are decisions of the agent, each four frames of the emulator.
+Everything is saved to logs/<env>/: checkpoints, model.zip, best_model.zip, a monitor CSV for each environment, TensorBoard
+curves. A timestep is one decision of the agent, which is four frames of the emulator.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def train(args: argparse.Namespace, folder: Path) -> None:
         print(f"{saved}. Continue with --resume" if interrupted else saved)
         env.close()
     if interrupted:
-        raise SystemExit(130)  # as shells have it
+        raise SystemExit(130)  # as after Ctrl-C in a shell
 
 
 def record(model: A3C, env: VecEnv, path: Path) -> None:
@@ -133,15 +133,15 @@ def main() -> None:
     parser.add_argument("--env", default="PongNoFrameskip-v4", help="id of an Atari environment without frame skip")
     parser.add_argument("--n-envs", type=int, default=16, help="number of environments")
     parser.add_argument("--n-workers", type=int, default=None, help="worker processes (default: one for each core)")
-    parser.add_argument("--timesteps", type=int, default=10_000_000, help="in total, those before --resume included")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timesteps", type=int, default=10_000_000, help="in total, including those before --resume")
+    parser.add_argument("--seed", type=int, default=0, help="seed of environments, weights and actions")
     parser.add_argument("--save-freq", type=int, default=100_000, help="timesteps between two checkpoints")
     parser.add_argument("--eval-freq", type=int, default=250_000, help="timesteps between two evaluations")
     parser.add_argument(
-        "--normalize-reward", action="store_true", help="learn from scaled rewards (VecNormalize), not from their signs"
+        "--normalize-reward", action="store_true", help="scale rewards (VecNormalize) instead of clipping them"
     )
     parser.add_argument("--resume", action="store_true", help="resume from the newest undamaged model in logs/<env>/")
-    parser.add_argument("--play", action="store_true", help="show games of the newest model in a window")
+    parser.add_argument("--play", action="store_true", help="show five games of the newest model in a window")
     parser.add_argument("--record", type=Path, metavar="FILE", help="record a game of the newest model (.gif or .mp4)")
     args = parser.parse_args()
     folder = Path("logs") / args.env.replace("/", "_")

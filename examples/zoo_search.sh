@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A small hyperparameter search with RL Zoo and Optuna, then a training with the best hyperparameters.
+# A small hyper-parameter search with RL Zoo and Optuna, then a training with the best hyper-parameters.
 #
 #   bash examples/zoo_search.sh [environment] [trials] [timesteps of a trial] [timesteps of the training]
 #
-# Needs `pip install -c constraints.txt -e ".[zoo]"`. The search space is in sb3_a3c/zoo/hyperparams_opt.py. What is not searched stays as in
-# sb3_a3c/zoo/hyperparams/a3c.yml, but `policy_kwargs` are replaced. Two trials run at a time, each with one worker. Trials
-# are kept in a journal: call it again to add more.
+# Needs `pip install -c constraints.txt -e ".[zoo]"`. The search space is in sb3_a3c/zoo/hyperparams_opt.py. Other
+# hyper-parameters are those of sb3_a3c/zoo/hyperparams/a3c.yml, but `policy_kwargs` are replaced. Two trials run at a time,
+# each with one worker. Trials are saved in a journal: run the script again to add more.
 set -euo pipefail
 
 env=${1:-CartPole-v1}

@@ -59,18 +59,18 @@ class A3C(OnPolicyAlgorithm):
     """
     Asynchronous Advantage Actor-Critic (A3C)
 
-    Paper: https://arxiv.org/abs/1602.01783 (Algorithm S3). Ancestor: baby-a3c, https://github.com/greydanus/baby-a3c,
-    whose network and hyper-parameters are the defaults.
+    Paper: https://arxiv.org/abs/1602.01783 (Algorithm S3). The network for images and most hyper-parameters are those of
+    baby-a3c, https://github.com/greydanus/baby-a3c.
 
     Worker processes act in their own environments and push gradients to shared parameters without waiting for each
     other. A timestep is one action in one environment (with frame skip: several emulator frames).
 
     :param policy: The policy model to use (MlpLstmPolicy, CnnLstmPolicy, MlpPolicy, CnnPolicy, ...)
-    :param env: The environment to learn from (if registered in Gym, can be str). A single environment or id stays one
-        environment, unless ``n_workers=k`` makes k copies of it
-    :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0), which
-        counts the timesteps of all workers
-    :param n_steps: The number of steps of each rollout and environment (t_max in the paper)
+    :param env: The environment to learn from (if registered in Gym, can be str). ``n_workers=k`` makes k copies of a
+        single environment or id
+    :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0) over the
+        timesteps of all workers
+    :param n_steps: The number of steps in each environment per rollout (t_max in the paper)
     :param gamma: Discount factor
     :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator.
         Equivalent to the paper's n-step advantage when set to 1.
@@ -94,23 +94,24 @@ class A3C(OnPolicyAlgorithm):
     :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
         debug messages
     :param seed: Seed for the pseudo random generators
-    :param device: "cpu" or "auto", which is the CPU too
+    :param device: "cpu" or "auto", which is also the CPU
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :param n_workers: Number of worker processes; the environments are divided evenly among them. None: one for each core
         that this process may use (affinity and CPU quota, rounded down), at most one for each environment. 0: train in this
         process, for debugging
     :param envs_per_update: Number of environments in each chunk of a rollout; every chunk makes one update of the shared
-        parameters. Small chunks mean many updates, large ones less time per step
-    :param take_turns: Whether workers pull, act and push one after another, in a fixed order. Slow, but runs with the same
-        seed and several workers are bit-identical
+        parameters. Small chunks make more updates, large chunks take less time per step
+    :param take_turns: Whether workers pull, act and push one after another, in a fixed order. This is slow, but makes runs
+        with the same seed and several workers identical to the bit
     :param start_method: "forkserver" or "spawn", see ``multiprocessing``. None: "forkserver" where the platform has it
     :param max_worker_restarts: Number of workers that may be replaced in one call of ``learn`` because they were killed
-        (out of memory, a crash in C code) or hang. A worker of a ``SubprocVecEnv`` is never replaced
+        (out of memory, a crash in C code) or hang. Workers of a ``SubprocVecEnv`` can't be replaced
     :param worker_timeout: Seconds that a worker may take for one step of its environments, or for learning from a rollout,
-        before it counts as hung and is killed. None: no limit
-    :param cluster: Train on the hosts of a Ray cluster: "auto" for the one of this machine, "host:port", or a dictionary
-        with ``address`` and, if hosts need your own modules, Ray's ``runtime_env``. ``n_workers=None`` then means all its
-        free CPUs. None: on this machine. It is not saved with the model. See "Several hosts" in the documentation
+        before it is killed and replaced. None: no limit
+    :param cluster: Train on the hosts of a Ray cluster: "auto" for the cluster of this machine, "host:port", or a dictionary
+        with ``address`` and, if hosts need your own modules, Ray's ``runtime_env``. With ``n_workers=None`` there is one
+        worker for each free CPU of the cluster. None: train on this machine. The argument is not saved with the model. See
+        "Several hosts" in the documentation
     :param others: Must be empty. Arguments of other algorithms raise an error that says what to use instead
     :raises ValueError: for bad arguments, before any worker process starts
     """
@@ -245,8 +246,8 @@ class A3C(OnPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> SelfA3C:
         """
-        Return a trained model. Each call starts new episodes. After an exception or Ctrl-C, too, the model has everything
-        that was learned.
+        Return a trained model. Each call starts new episodes. Also after an exception or Ctrl-C, the model has what was
+        learned until then.
 
         :param total_timesteps: The total number of timesteps (agent steps, over all workers). It is exceeded by
             at most one rollout per worker. Infinity: until a callback returns False

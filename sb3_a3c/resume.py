@@ -1,6 +1,6 @@
 """
-Resume a run in its folder, also one that was killed: the newest model that loads, its statistics for ``VecNormalize``,
-monitor files and evaluations. ``examples/train_atari.py`` shows how to use it.
+Resume a run that was interrupted or killed: find the newest model that loads, and continue its statistics for
+``VecNormalize``, monitor files and evaluations. ``examples/train_atari.py`` shows how to use it.
 """
 
 import io
@@ -21,7 +21,7 @@ from sb3_a3c.save_util import check_archive, read_statistics
 
 def newest_model(folder: Path, with_statistics: bool = False) -> Path | None:
     """
-    The model that was trained for the most timesteps, among those that load. Models that don't are printed.
+    Find the model with the most timesteps among those that load. Print a line for each model that does not load.
 
     :param folder: folder of the run, with models in it or in folders below
     :param with_statistics: whether to skip models without statistics for ``VecNormalize``
@@ -50,11 +50,11 @@ def has_statistics(model: str | Path | io.BufferedIOBase) -> bool:
 
 def load_statistics(model: str | Path | io.BufferedIOBase, env: VecEnv) -> VecNormalize:
     """
-    Load the ``VecNormalize`` that a model was saved with: as ``VecNormalize.load``, from the file of the model.
+    Load the ``VecNormalize`` that was saved with a model, as ``VecNormalize.load`` does from a file.
 
     :param model: path of a model, or the file opened
-    :param env: environments to wrap in it
-    :return: the environments, wrapped
+    :param env: environments to wrap in the ``VecNormalize``
+    :return: the wrapped environments
     :raises ValueError: if the model has no ``VecNormalize``, or the file is damaged, or is not a model
     """
     if (normalize := _statistics(model)) is None:
@@ -78,12 +78,12 @@ def _no_statistics(model: str | Path | io.BufferedIOBase) -> ValueError:
 
 def carry_over_monitor_files(source: Path, target: Path) -> None:
     """
-    Keep the monitor files of a run that is resumed: ``0.monitor.csv`` is renamed to ``<t_start>.0.monitor.csv``, or copied
-    to that name in another folder; ``t_start`` is when its run started, in whole seconds. ``load_results`` then reads the
-    episodes of all runs in order, including those that the old run played after the model was saved.
+    Keep the monitor files of a run that is resumed: rename ``0.monitor.csv`` to ``<t_start>.0.monitor.csv``, or copy it to
+    that name in another folder; ``t_start`` is when the run started, in whole seconds. ``load_results`` then reads the
+    episodes of all runs in order, including episodes after the model was saved.
 
-    :param source: folder of the run that left the model
-    :param target: folder of the run that continues it; may be the same one
+    :param source: folder of the run that saved the model
+    :param target: folder of the run that continues it; may be the same folder
     """
     # Monitor(override_existing=False) would append to the old files. But it writes times since its own run started, and the
     # files say when the first run started: load_results would place the new episodes among the old ones.

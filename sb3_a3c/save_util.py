@@ -1,4 +1,4 @@
-"""Files of saved models: written atomically, with the environments' ``VecNormalize``, and checked before they are loaded."""
+"""Files of saved models: they are written atomically, contain the ``VecNormalize``, and are checked before loading."""
 
 import contextlib
 import errno
@@ -25,9 +25,9 @@ _MEMBERS = ("data", "policy.pth", "policy.optimizer.pth")
 _STATISTICS = "vecnormalize.pkl"
 #: Another member: the version of this package that has saved the model.
 _VERSION = "_sb3_a3c_version"
-#: What that member says where there is none.
+#: The version of models without that member.
 _BEFORE = "0.1.0 or before"
-#: What LSTM policies did then unless told otherwise.
+#: The defaults of LSTM policies in that version.
 _OLD_POLICY_KWARGS = dict(net_arch=[], lstm_hidden_size=256, normalize_values=False)
 
 #: Errors of a file that can't be replaced, but perhaps written to: it is mounted itself, or its folder is read-only.

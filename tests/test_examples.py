@@ -17,9 +17,9 @@ import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import load_results
-from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_a3c import A3C
+from sb3_a3c.resume import load_statistics
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHORT = ["quick_start", "callbacks", "vec_normalize", "curriculum", "custom_network"]
@@ -89,7 +89,7 @@ def test_vec_normalize(run: Callable[..., str], tmp_path: Path) -> None:
     assert "Return of 20 episodes: " in output
     folder = tmp_path / "logs/vec_normalize"
     load(folder / "model.zip", 2_000, n_steps=100)
-    env = VecNormalize.load(str(folder / "vec_normalize.pkl"), make_vec_env("MountainCarContinuous-v0"))
+    env = load_statistics(folder / "model.zip", make_vec_env("MountainCarContinuous-v0"))
     assert not isinstance(env.obs_rms, dict)
     assert env.obs_rms.count >= 2_000
     position, velocity = env.obs_rms.mean

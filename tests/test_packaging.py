@@ -8,6 +8,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+from sb3_a3c import __version__
+
 CHECKOUT = Path(__file__).parent.parent
 FOLDERS = ["sb3_a3c", "docs", "examples", "tests", ".ci", ".github"]
 FILES = [
@@ -51,6 +53,12 @@ def test_extras_and_versions() -> None:
     assert versions == ["3.11", "3.12", "3.13"]
     assert f"Python {versions[0]}, {versions[1]} and {versions[2]}" in (CHECKOUT / "README.md").read_text()
     assert f"for other in {' '.join(f'python{version}' for version in versions[1:])};" in (CHECKOUT / ".ci/run").read_text()
+
+
+def test_version_is_the_same_everywhere() -> None:
+    assert f"version: {__version__}\n" in (CHECKOUT / "CITATION.cff").read_text()
+    released = re.findall(r"^## \[(\d.*)\] - \d{4}-\d\d-\d\d$", (CHECKOUT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released[0] == __version__
 
 
 def test_nothing_is_installed_by_a_name_that_is_not_published() -> None:

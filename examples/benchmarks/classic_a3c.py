@@ -1,6 +1,6 @@
 """
-The loop of the first A3C programs, as small as it can be, to compare with: one environment in each process, steps of batch
-1, and one backward pass through the graph that acting has kept. Nothing is reported, logged or saved.
+A minimal loop of the first A3C programs, for comparison: one environment in each process, a batch size of 1, and one
+backward pass through the graph that acting has kept. Nothing is reported, logged or saved.
 """
 
 import multiprocessing

@@ -1,11 +1,11 @@
 """
-What it costs to look for hung workers and for numbers that are not finite, on Pong.
+What heartbeats and the check for NaN and infinity cost, on Pong.
 
     python examples/benchmarks/guard.py [--rollouts 100] [--n-envs 8]
 
-One actor-learner makes rollouts in this process, with the heartbeat of a worker process. The CPU time of every call that
-serves the guard or the heartbeat is added up, and compared with the time of the rollout. The gradient's norm is not in it:
-clipping needs that anyway.
+One actor-learner makes rollouts in this process, with the heartbeat of a worker process. The CPU time of every call for the
+check or the heartbeat is added up, and compared with the time of the rollout. The gradient's norm does not count, because
+clipping needs it anyway.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a clock, processes of their own, a line about the machine."""
+"""Helpers of the benchmarks: a clock, separate processes, a line about the machine."""
 
 import platform
 import subprocess

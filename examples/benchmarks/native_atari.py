@@ -3,9 +3,9 @@ Atari environments of ``sb3_a3c.atari`` against those of SB3's ``make_atari_env`
 
     python examples/benchmarks/native_atari.py [--steps 5000] [--seconds 5]
 
-Both get equal random actions, with no-ops off, for so many steps of full games and as many of games that are cut after 1,000
-frames. Then both run for the given time on one core, with 8 environments, in alternating turns (medians), and so does ALE's
-own batch of environments with one thread, whose games begin otherwise. Steps are the agent's: four frames.
+Both get equal random actions, with no-ops off, for --steps steps of full games, then as many of games that are cut after
+1,000 frames. Then both run for --seconds on one core, with 8 environments, in alternating turns (medians), and so does ALE's
+own vectorised environment with one thread, whose games begin differently. Steps are the agent's: four frames.
 """
 
 import argparse

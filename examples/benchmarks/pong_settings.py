@@ -4,10 +4,10 @@ One run of the search for the settings that learn Pong soonest:
     python examples/benchmarks/pong_settings.py --learning-rate 2e-4 --ent-coef 0.01
     python examples/benchmarks/pong_settings.py --learning-rate 2e-4 --ent-coef 0.01 --seconds 15
 
-Leaves the logged curve (``progress.csv``), checkpoints and the final model in ``logs/pong_settings/<settings>/``. What is
-not given is as in ``train_atari.py``. Timesteps are decisions of the agent; the score is that of training. With
-``--resume`` and more ``--timesteps`` it continues from the final model, and the curve in a folder ``from_<timesteps>``. With
-``--seconds`` it only tells the steps per second, and leaves nothing.
+Saves the logged curve (``progress.csv``), checkpoints and the final model to ``logs/pong_settings/<settings>/``. Options
+that are not given are as in ``train_atari.py``. Timesteps are decisions of the agent; returns are those of training
+episodes. With ``--resume`` and more ``--timesteps`` it continues from the final model, with the curve in a folder
+``from_<timesteps>``. With ``--seconds`` it only prints the steps per second, and saves nothing.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--envs-per-update", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--anneal", action="store_true", help="let the learning rate fall linearly to 0")
-    parser.add_argument("--warm-up", type=int, default=0, help="let the learning rate rise over so many timesteps")
+    parser.add_argument("--warm-up", type=int, default=0, help="timesteps over which the learning rate rises")
     parser.add_argument("--gae-lambda", type=float, default=1.0)
     parser.add_argument("--ent-coef", type=float, default=0.003)
     parser.add_argument("--max-grad-norm", type=float, default=40.0)
@@ -106,8 +106,8 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true", help="convolutions in lower precision")
     parser.add_argument("--timesteps", type=int, default=2_000_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--resume", action="store_true", help="go on from the final model")
-    parser.add_argument("--seconds", type=float, help="measure the speed for so long, instead of training")
+    parser.add_argument("--resume", action="store_true", help="continue from the final model")
+    parser.add_argument("--seconds", type=float, help="only measure the speed, for this time")
     settings = parser.parse_args()
     given = {name: getattr(settings, name) for name in SEARCHED if getattr(settings, name) != parser.get_default(name)}
     name = "_".join(f"{key}={value}" for key, value in given.items()) or "defaults"

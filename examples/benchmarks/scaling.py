@@ -1,13 +1,13 @@
 """
-What more workers bring: steps per second with 1, 2 and 4 of them, and the time of ``pull`` and ``push`` when all do it at
-once.
+How speed grows with workers: steps per second of 1, 2 and 4 workers, and the time of ``pull`` and ``push`` when all workers
+do it at once.
 
     python examples/benchmarks/scaling.py [--seconds 10] [--repetitions 3]
 
-Pong with A3C's defaults and 8 environments for each worker; even the one worker is a process. Every measurement is a
-process of its own, the repetitions alternate between the numbers of workers, and medians are reported. Then processes
-that do nothing but ``pull`` and ``push``, without a pause: more than workers ever do, since these also act and learn in
-between. Leave the machine alone meanwhile.
+First, Pong with A3C's defaults and 8 environments for each worker; a single worker is a process, too. Each measurement runs
+in a separate process, the repetitions alternate between the numbers of workers, and medians are reported. Then, processes
+that only ``pull`` and ``push``, without a pause. (Workers also act and learn in between.) Run it on an otherwise idle
+machine.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each training run; pull and push: a quarter")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--only", type=int, choices=N_WORKERS, help="print the steps a second of one training run")
+    parser.add_argument("--only", type=int, choices=N_WORKERS, help="print the steps per second of one training run")
     arguments = parser.parse_args()
     if arguments.only:
         print(train(arguments.only, arguments.seconds))

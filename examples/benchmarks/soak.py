@@ -1,13 +1,13 @@
 """
-A3C on Pong while its workers are killed: what is lost, and what leaks.
+Train A3C on Pong and kill its workers: what is lost, and what leaks?
 
     python examples/benchmarks/soak.py [--minutes 20] [--kill-every 10] [--n-envs 16] [--n-workers 2]
 
-A first call of ``learn`` measures the speed without kills. A second one has as many timesteps to make as would take
---minutes at that speed, and every few seconds a random worker, but never the first, is sent SIGKILL, and is replaced. The
-last lines say how many steps and restarts there were, whether all steps that workers reported were counted, how many
-steps/s were lost, how memory and open files of the main process and memory of worker 0 have grown since the second minute
-(or the first tenth of a shorter time), and what is left in shared memory and of processes. Linux only.
+A first call of ``learn`` measures the speed without kills. A second call trains for as many timesteps as take --minutes at
+that speed, and every few seconds a random worker, but never the first, gets SIGKILL and is replaced. The last lines show the
+number of steps and restarts, whether all steps that workers reported were counted, how much slower the run was, how memory
+and open files of the main process and memory of worker 0 have grown since the second minute (or the first tenth of a shorter
+run), and whether shared memory or processes are left. Linux only.
 """
 
 import argparse

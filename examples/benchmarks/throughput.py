@@ -1,12 +1,12 @@
 """
-Environment steps per second on Atari games: A3C, and what one would use instead, on the same cores.
+Environment steps per second on Atari games: A3C and its alternatives, on the same cores.
 
     python examples/benchmarks/throughput.py [--games Pong Breakout] [--seconds 20] [--repetitions 3]
 
-A step is one decision of the agent (four emulator frames). Every measurement is a process of its own; the repetitions
+A step is one decision of the agent (four emulator frames). Each measurement runs in a separate process; the repetitions
 alternate between the contestants, and medians are reported. Rates start after a warm-up and cover whole rollouts. "Native"
-is ``sb3_a3c.atari.make_ale_vec_env``, which A2C can use as well; all others play in SB3's ``make_atari_env``. Leave the
-machine alone meanwhile.
+means ``sb3_a3c.atari.make_ale_vec_env``, which A2C can use as well; all others use SB3's ``make_atari_env``. Run it on an
+otherwise idle machine.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 """
-Environments whose steps take different times, where no worker should wait for the slowest: A3C, and A2C with SubprocVecEnv.
+Environments whose steps differ in time: A3C, whose workers do not wait for each other, and A2C with SubprocVecEnv.
 
     python examples/benchmarks/uneven_env.py [--seconds 15] [--repetitions 3]
 
 Three kinds of latency, with MlpPolicy on 16 environments: exponential with a mean of 2 ms; 2 ms, but 20 ms in one
-environment; and 20 ms in each of 32 environments against 20 ms in one. The latency is slept, so it needs no cores. A2C has
-a ``SubprocVecEnv``; A3C has one worker for each environment, as in the paper, and needs none. Rollouts of both are
-20 steps long. Medians of alternating repetitions.
+environment; and 20 ms in each of 32 environments against 20 ms in one. The environments sleep, so they need no cores. A2C
+has a ``SubprocVecEnv``; A3C has one worker for each environment, as in the paper. Rollouts of both have 20 steps. Results
+are medians of alternating repetitions.
 """
 
 import argparse
