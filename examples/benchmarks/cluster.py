@@ -5,7 +5,7 @@ steps of the environments wait 10 and 100 ms, what an exchange takes, and the st
     python examples/benchmarks/cluster.py [--seconds 20] [--repetitions 3]
 
 Latency is slept, so it needs no cores. Environments of 10 ms: 2 workers of one environment on each node; of 100 ms: 6, and
-for comparison 18 workers without a cluster. Exchange times: an update after each step of 100 ms, 2 workers on each node, so
+for comparison 18 workers without a cluster. Exchange times: an update after two steps of 100 ms, 2 workers on each node, so
 that hosts do little else; policies with about 0.1, 1.5 and 10 million parameters. Every measurement is a process of its own;
 repetitions alternate, and medians are reported. There is no network between the nodes: staleness with one is computed. Leave
 the machine alone meanwhile.
@@ -74,7 +74,7 @@ class Begin(BaseCallback):
 
 def train(n_hosts: int, step_seconds: float, workers_per_host: int, size: int, seconds: float) -> dict[str, float]:
     """Train on a cluster of this many nodes; without a cluster with ``n_hosts=0``, as many workers as on three nodes."""
-    n_workers = workers_per_host * (n_hosts or max(HOSTS))
+    n_workers, n_steps = workers_per_host * (n_hosts or max(HOSTS)), 2 if size else 20
     cluster: Any = None
     if n_hosts:
         os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(16)
@@ -88,7 +88,7 @@ def train(n_hosts: int, step_seconds: float, workers_per_host: int, size: int, s
         model = A3C(
             "MlpPolicy",
             DummyVecEnv([lambda: Waiting(step_seconds)] * n_workers),
-            n_steps=1 if size else 20,
+            n_steps=n_steps,
             n_workers=n_workers,
             cluster=cluster and cluster.address,
             policy_kwargs=dict(net_arch=[size, size] if size else [64, 64]),
@@ -97,8 +97,9 @@ def train(n_hosts: int, step_seconds: float, workers_per_host: int, size: int, s
         logger.record = lambda key, value, exclude=None: logged.update({key: value})  # type: ignore[method-assign]
         model.set_logger(logger)
         clock = Clock(seconds)
+        log_interval = max(1, int(seconds / 2 / (step_seconds * n_steps)))  # the last log is of half the time
         begin = Begin(clock, n_workers)
-        model.learn(10**9, CallbackList([begin, clock]), log_interval=5)
+        model.learn(10**9, CallbackList([begin, clock]), log_interval=log_interval)
         spent, elapsed = time.process_time() - begin.cpu_seconds, time.perf_counter() - (clock.began or 0.0)
     finally:
         if cluster is not None:
