@@ -17,30 +17,29 @@ import numpy as np
 from PIL import Image
 from reproduce import ROWS, Run
 from rl_zoo3 import ALGOS
+from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_a3c.zoo import register
 
 TRAINED = Path(__file__).parent.parent / "trained"
 
 
-def keep(run: Run, folder: Path) -> Path:
+def keep(run: Run, model: BaseAlgorithm, folder: Path) -> Path:
     """Copy a run's model, arguments and settings as RL Zoo lays them out, in place of an earlier agent."""
     env_id, algo = run.row.env_id, run.row.algo
     kept = folder / algo / f"{env_id}_1"
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(run.newest / env_id, kept / env_id)
     (kept / env_id / "command.txt").unlink(missing_ok=True)  # it has paths of the machine
-    model = ALGOS[algo].load(run.newest / f"{env_id}.zip", device="cpu")
     model.policy.optimizer.state.clear()
     model.save(kept / f"{env_id}.zip")
     return kept
 
 
-def record(run: Run, path: Path, n_steps: int) -> None:
+def record(run: Run, model: BaseAlgorithm, path: Path, n_steps: int) -> None:
     """Record the first steps of the final model's games, with sampled actions."""
     env = run.evaluation_env(n_envs=1, env_kwargs=dict(render_mode="rgb_array"))
     fps = 15 if run.row.is_atari else 50  # Atari's wrappers skip 3 of 4 frames
-    model = ALGOS[run.row.algo].load(run.newest / f"{run.row.env_id}.zip", device="cpu")
     obs, state, start = env.reset(), None, np.ones(1, dtype=bool)
     frames = []
     for _ in range(n_steps):
@@ -64,8 +63,9 @@ def main() -> None:
     args = parser.parse_args()
     register()
     run = Run(ROWS[args.row], args.seed, args.logs)
-    kept = keep(run, args.folder)
-    record(run, kept / f"{run.row.env_id}.gif", args.steps)
+    model = ALGOS[run.row.algo].load(run.newest / f"{run.row.env_id}.zip", device="cpu")
+    kept = keep(run, model, args.folder)
+    record(run, model, kept / f"{run.row.env_id}.gif", args.steps)
     for path in sorted(kept.glob("*.*")):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
