@@ -12,9 +12,8 @@ the machine alone meanwhile.
 """
 
 import argparse
+import contextlib
 import json
-import os
-import secrets
 import statistics
 import time
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from measuring import Clock, in_a_process_of_its_own, machine
+from measuring import Clock, in_a_process_of_its_own, machine, ray_nodes
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -75,22 +74,13 @@ class Begin(BaseCallback):
 def train(n_hosts: int, step_seconds: float, workers_per_host: int, size: int, seconds: float) -> dict[str, float]:
     """Train on a cluster of this many nodes; without a cluster with ``n_hosts=0``, as many workers as on three nodes."""
     n_workers, n_steps = workers_per_host * (n_hosts or max(HOSTS)), 2 if size else 20
-    cluster: Any = None
-    if n_hosts:
-        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(16)
-        from ray.cluster_utils import Cluster
-
-        node: Any = dict(num_cpus=workers_per_host, object_store_memory=400_000_000)
-        cluster = Cluster(initialize_head=True, head_node_args=dict(**node, include_dashboard=False))
-        for _ in range(n_hosts - 1):
-            cluster.add_node(**node)
-    try:
+    with ray_nodes(n_hosts, workers_per_host) if n_hosts else contextlib.nullcontext() as cluster:
         model = A3C(
             "MlpPolicy",
             DummyVecEnv([lambda: Waiting(step_seconds)] * n_workers),
             n_steps=n_steps,
             n_workers=n_workers,
-            cluster=cluster and cluster.address,
+            cluster=cluster,
             policy_kwargs=dict(net_arch=[size, size] if size else [64, 64]),
         )
         logger, logged = configure(None, []), dict[str, Any]()
@@ -101,9 +91,6 @@ def train(n_hosts: int, step_seconds: float, workers_per_host: int, size: int, s
         begin = Begin(clock, n_workers)
         model.learn(10**9, CallbackList([begin, clock]), log_interval=log_interval)
         spent, elapsed = time.process_time() - begin.cpu_seconds, time.perf_counter() - (clock.began or 0.0)
-    finally:
-        if cluster is not None:
-            cluster.shutdown()
     return {
         "steps/s": clock.steps_per_second,
         "main process, cores": spent / elapsed,

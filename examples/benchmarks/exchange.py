@@ -9,8 +9,6 @@ a process of its own. Leave the machine alone meanwhile.
 """
 
 import argparse
-import os
-import secrets
 import statistics
 import threading
 import time
@@ -18,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from measuring import in_a_process_of_its_own, machine
+from measuring import in_a_process_of_its_own, machine, ray_nodes
 
 from sb3_a3c import MlpPolicy
 from sb3_a3c.cluster import ray_engine
@@ -46,20 +44,13 @@ class CountingHost(Host):
 
 def exchange(n_hosts: int, size: int, seconds: float) -> tuple[int, float]:
     """The number of parameters, and the median seconds of one exchange."""
-    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(16)
-    from ray.cluster_utils import Cluster
-
-    node: Any = dict(num_cpus=1, object_store_memory=400_000_000)
-    cluster = Cluster(initialize_head=True, head_node_args=dict(**node, include_dashboard=False))
-    for _ in range(n_hosts - 1):
-        cluster.add_node(**node)
-    try:
+    with ray_nodes(n_hosts, n_cpus=1) as address:
         space = spaces.Box(-1, 1, (4,), np.float32)
         policy = MlpPolicy(space, spaces.Discrete(2), lambda _: 1e-4, net_arch=[size, size])
         store = SharedMemoryStore(policy, n_hosts)
         center, lock = Center(store, n_hosts), threading.Lock()
         vars(ray_engine)["Host"] = CountingHost  # of which the engine makes actors
-        engine = ray_engine.RayEngine(cluster.address)
+        engine = ray_engine.RayEngine(address)
         found: list[float] = []
 
         def run(worker: int, agent: Any, number: int) -> None:
@@ -87,8 +78,6 @@ def exchange(n_hosts: int, size: int, seconds: float) -> tuple[int, float]:
             thread.join()
         assert store.n_updates == len(found)
         engine.close()
-    finally:
-        cluster.shutdown()
     return sum(parameter.numel() for parameter in policy.parameters()), statistics.median(found)
 
 

@@ -1,9 +1,14 @@
 """Helpers of the benchmarks: a clock, separate processes, a line about the machine."""
 
+import contextlib
+import os
 import platform
+import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
@@ -53,3 +58,19 @@ def in_a_process_of_its_own(script: str, *arguments: str) -> str:
 def machine() -> str:
     """:return: what the figures depend on"""
     return f"{platform.processor() or platform.machine()}, {n_cores()} cores, torch {th.__version__}"
+
+
+@contextlib.contextmanager
+def ray_nodes(n_nodes: int, n_cpus: int) -> Iterator[str]:
+    """A Ray cluster with a token, of nodes on this machine: its address. Ray must not have been imported yet."""
+    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(16)
+    from ray.cluster_utils import Cluster
+
+    node: Any = dict(num_cpus=n_cpus, object_store_memory=400_000_000)
+    cluster = Cluster(initialize_head=True, head_node_args=dict(**node, include_dashboard=False))
+    try:
+        for _ in range(n_nodes - 1):
+            cluster.add_node(**node)
+        yield cluster.address
+    finally:
+        cluster.shutdown()
