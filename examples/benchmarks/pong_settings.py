@@ -25,6 +25,7 @@ from sb3_a3c.atari import make_ale_vec_env
 
 ENV = "PongNoFrameskip-v4"
 SEARCHED = (
+    "n_workers",
     "n_envs",
     "n_steps",
     "envs_per_update",
@@ -60,6 +61,7 @@ def new_model(settings: argparse.Namespace, env: VecEnv) -> A3C:
         "CnnLstmPolicy",
         env,
         learning_rate=learning_rate,
+        n_workers=settings.n_workers,
         n_steps=settings.n_steps,
         gae_lambda=settings.gae_lambda,
         ent_coef=settings.ent_coef,
@@ -92,6 +94,7 @@ def train(settings: argparse.Namespace, folder: Path) -> None:
 def main() -> None:
     """Train, or measure the speed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n-workers", type=int, help="default: one for each core")
     parser.add_argument("--n-envs", type=int, default=16)
     parser.add_argument("--n-steps", type=int, default=20)
     parser.add_argument("--envs-per-update", type=int, default=4)

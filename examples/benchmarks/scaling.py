@@ -1,8 +1,8 @@
 """
-How speed grows with workers: steps per second of 1, 2 and 4 workers, and the time of ``pull`` and ``push`` when all workers
+How speed grows with workers: steps per second of 1, 2, 4 ... workers, and the time of ``pull`` and ``push`` when all workers
 do it at once.
 
-    python examples/benchmarks/scaling.py [--seconds 10] [--repetitions 3]
+    python examples/benchmarks/scaling.py [--seconds 10] [--repetitions 3] [--n-workers 1 2 4 8 16]
 
 First, Pong with A3C's defaults and 8 environments for each worker; a single worker is a process, too. Each measurement runs
 in a separate process, the repetitions alternate between the numbers of workers, and medians are reported. Then, processes
@@ -14,6 +14,7 @@ import argparse
 import multiprocessing
 import pickle
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -34,7 +35,6 @@ gym.register_envs(ale_py)
 
 ENV = "PongNoFrameskip-v4"
 ENVS_PER_WORKER = 8
-N_WORKERS = (1, 2, 4)
 LSTM_SIZES = (18, 256, 1100)  #: of CnnLstmPolicy: about 0.1, 1.5 and 10 million parameters
 
 
@@ -103,25 +103,27 @@ def measure(n_workers: int, seconds: float) -> float:
     return float(in_a_process_of_its_own(__file__, "--only", str(n_workers), "--seconds", str(seconds)))
 
 
-def report_rates(seconds: float, repetitions: int) -> None:
+def report_rates(numbers: list[int], seconds: float, repetitions: int) -> None:
     """Measure and print a table of steps per second."""
-    rates: dict[int, list[float]] = {n_workers: [] for n_workers in N_WORKERS}
+    rates: dict[int, list[float]] = {n_workers: [] for n_workers in numbers}
     for _ in range(repetitions):
         for n_workers, found in rates.items():
             found.append(measure(n_workers, seconds))
-    one = statistics.median(rates[1])
-    print(f"\n| workers, {ENVS_PER_WORKER} environments each | steps/s | of {repetitions} runs | ÷ 1 worker |")
+            print(f"{n_workers} worker(s): {found[-1]:.0f} steps/s", file=sys.stderr)
+    fewest = min(numbers)
+    first = statistics.median(rates[fewest])
+    print(f"\n| workers, {ENVS_PER_WORKER} environments each | steps/s | of {repetitions} runs | ÷ {fewest} worker(s) |")
     print("|---|---|---|---|")
     for n_workers, found in rates.items():
         median, single = statistics.median(found), ", ".join(f"{rate:.0f}" for rate in found)
-        print(f"| {n_workers} | {median:.0f} | {single} | {median / one:.2f} |", flush=True)
+        print(f"| {n_workers} | {median:.0f} | {single} | {median / first:.2f} |", flush=True)
 
 
-def report_verbs(seconds: float) -> None:
+def report_verbs(numbers: list[int], seconds: float) -> None:
     """Measure and print a table of the times of ``pull`` and ``push``."""
     print("\n| parameters | at once | pull, ms | push, ms | pull + push, ms | of |\n|---|---|---|---|---|---|")
     for lstm_size in LSTM_SIZES:
-        for n_processes in N_WORKERS:
+        for n_processes in numbers:
             n_parameters, times = time_replicas(lstm_size, n_processes, seconds)
             pull, push = 1e3 * np.median(times, axis=0)
             both = 1e3 * np.median(times.sum(axis=1))
@@ -136,14 +138,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each training run; pull and push: a quarter")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--only", type=int, choices=N_WORKERS, help="print the steps per second of one training run")
+    parser.add_argument("--n-workers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--only", type=int, help="print the steps per second of one training run with this many workers")
     arguments = parser.parse_args()
     if arguments.only:
         print(train(arguments.only, arguments.seconds))
         return
     print(machine())
-    report_rates(arguments.seconds, arguments.repetitions)
-    report_verbs(arguments.seconds / 4)
+    report_rates(arguments.n_workers, arguments.seconds, arguments.repetitions)
+    report_verbs(arguments.n_workers, arguments.seconds / 4)
 
 
 if __name__ == "__main__":  # processes import this file

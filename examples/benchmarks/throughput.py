@@ -1,7 +1,7 @@
 """
 Environment steps per second on Atari games: A3C and its alternatives, on the same cores.
 
-    python examples/benchmarks/throughput.py [--games Pong Breakout] [--seconds 20] [--repetitions 3]
+    python examples/benchmarks/throughput.py [--games Pong Breakout] [--seconds 20] [--repetitions 3] [--n-envs 16]
 
 A step is one decision of the agent (four emulator frames). Each measurement runs in a separate process; the repetitions
 alternate between the contestants, and medians are reported. Rates start after a warm-up and cover whole rollouts. "Native"
@@ -37,7 +37,6 @@ from sb3_a3c.workers.worker_main import keep_freed_memory
 
 gym.register_envs(ale_py)
 
-N_ENVS = 16
 Result = dict[str, float]
 MakeEnv = Callable[..., VecEnv]
 
@@ -62,19 +61,26 @@ def timed(model: BaseAlgorithm, seconds: float) -> Result:
     return {"steps/s": clock.steps_per_second, **clock.microseconds}
 
 
-def a3c(env_id: str, seconds: float, make_env: MakeEnv = make_atari_env, dtype: th.dtype = th.float32) -> Result:
+def a3c(
+    env_id: str, seconds: float, n_envs: int, make_env: MakeEnv = make_atari_env, dtype: th.dtype = th.float32
+) -> Result:
     """With the settings of ``train_atari.py``, which are the defaults."""
     policy_kwargs = dict(features_extractor_kwargs=dict(dtype=dtype))
-    return timed(A3C("CnnLstmPolicy", make_env(env_id, N_ENVS), policy_kwargs=policy_kwargs), seconds)
+    return timed(A3C("CnnLstmPolicy", make_env(env_id, n_envs), policy_kwargs=policy_kwargs), seconds)
 
 
 def a2c(
-    env_id: str, seconds: float, n_threads: int | None = None, make_env: MakeEnv = make_atari_env, **kwargs: Any
+    env_id: str,
+    seconds: float,
+    n_envs: int,
+    n_threads: int | None = None,
+    make_env: MakeEnv = make_atari_env,
+    **kwargs: Any,
 ) -> Result:
     """SB3's A2C with NatureCNN and its default settings."""
     if n_threads is not None:
         th.set_num_threads(n_threads)
-    return timed(A2C("CnnPolicy", make_env(env_id, N_ENVS, **kwargs)), seconds)
+    return timed(A2C("CnnPolicy", make_env(env_id, n_envs, **kwargs)), seconds)
 
 
 def recurrent_ppo(env_id: str, seconds: float) -> Result:
@@ -154,7 +160,8 @@ def _network_microseconds(policy: CnnLstmPolicy, n_envs: int, cached: bool, seco
     return 1e6 * (time.perf_counter() - begin) / (n_passes * n_steps * n_envs)
 
 
-CONTESTANTS: dict[str, Callable[[str, float], Result]] = {
+#: What takes the number of environments, too.
+WITH_N_ENVS: dict[str, Callable[[str, float, int], Result]] = {
     "A3C": a3c,
     "A3C, native": functools.partial(a3c, make_env=make_ale_vec_env),
     "A3C, native, bfloat16": functools.partial(a3c, make_env=make_ale_vec_env, dtype=th.bfloat16),
@@ -163,17 +170,25 @@ CONTESTANTS: dict[str, Callable[[str, float], Result]] = {
     "A2C Dummy, native": functools.partial(a2c, make_env=make_ale_vec_env),
     "A2C Subproc": functools.partial(a2c, vec_env_cls=SubprocVecEnv),
     "A2C Subproc, 1 thread": functools.partial(a2c, n_threads=1, vec_env_cls=SubprocVecEnv),
+}
+OTHERS: dict[str, Callable[[str, float], Result]] = {
     "RecurrentPPO": recurrent_ppo,
     "classic A3C": classic,
     "classic A3C, native": functools.partial(classic, make_env=make_ale_vec_env),
     "lower bound": lower_bound,
     "lower bound, native": functools.partial(lower_bound, make_env=make_ale_vec_env),
 }
+CONTESTANTS = (*WITH_N_ENVS, *OTHERS)
 
 
-def measure(name: str, game: str, seconds: float) -> Result:
+def run(name: str, env_id: str, seconds: float, n_envs: int) -> Result:
+    """Measure a contestant in this process."""
+    return WITH_N_ENVS[name](env_id, seconds, n_envs) if name in WITH_N_ENVS else OTHERS[name](env_id, seconds)
+
+
+def measure(name: str, game: str, seconds: float, n_envs: int) -> Result:
     """In a process of its own."""
-    arguments = ("--only", name, "--games", game, "--seconds", str(seconds))
+    arguments = ("--only", name, "--games", game, "--seconds", str(seconds), "--n-envs", str(n_envs))
     result: Result = json.loads(in_a_process_of_its_own(__file__, *arguments))
     return result
 
@@ -213,18 +228,19 @@ def main() -> None:
     parser.add_argument("--games", nargs="+", default=["Pong", "Breakout"])
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--n-envs", type=int, default=16, help="of A3C and A2C")
     parser.add_argument("--only", choices=CONTESTANTS, help="print the result of one contestant, as JSON")
     arguments = parser.parse_args()
     if arguments.only:
-        result = CONTESTANTS[arguments.only](f"{arguments.games[0]}NoFrameskip-v4", arguments.seconds)
-        print(json.dumps(result))
+        env_id = f"{arguments.games[0]}NoFrameskip-v4"
+        print(json.dumps(run(arguments.only, env_id, arguments.seconds, arguments.n_envs)))
         return
     print(machine())
     for game in arguments.games:
         results: dict[str, list[Result]] = {name: [] for name in CONTESTANTS}
         for _ in range(arguments.repetitions):
             for name in CONTESTANTS:
-                results[name].append(measure(name, game, arguments.seconds))
+                results[name].append(measure(name, game, arguments.seconds, arguments.n_envs))
         report(game, results)
 
 
