@@ -21,7 +21,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from measuring import Clock, in_a_process_of_its_own, machine, ray_nodes
+from measuring import MLP_SIZES, Clock, in_a_process_of_its_own, machine, ray_nodes
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -30,7 +30,6 @@ from sb3_a3c import A3C
 
 HOSTS = (1, 2, 3)
 RATES = ((0.01, 2), (0.1, 6))  #: seconds of a step, workers on each node
-SIZES = (220, 860, 2230)  #: of the two hidden layers of MlpPolicy: about 0.1, 1.5 and 10 million parameters
 BANDWIDTHS = (1e9, 1e10)  #: bits a second
 
 
@@ -129,7 +128,7 @@ def report_rates(seconds: float, repetitions: int) -> None:
 def report_exchanges(seconds: float) -> None:
     """Measure and print a table of exchanges, and what to expect with a network."""
     print("\n| parameters | hosts | exchange, ms | staleness | with 1 Gbit/s | with 10 Gbit/s |\n|---|---|---|---|---|---|")
-    for size in SIZES:
+    for size in MLP_SIZES:
         for n_hosts in (1, 3):
             result = measure(n_hosts, 0.1, 2, size, seconds)
             per_host = result["updates/s"] / n_hosts

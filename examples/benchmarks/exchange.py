@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from measuring import in_a_process_of_its_own, machine, ray_nodes
+from measuring import MLP_SIZES, in_a_process_of_its_own, machine, ray_nodes
 
 from sb3_a3c import MlpPolicy
 from sb3_a3c.cluster import ray_engine
@@ -27,7 +27,6 @@ from sb3_a3c.policies.pickling import dump_policy
 from sb3_a3c.store.shared_memory import SharedMemoryStore
 
 HOSTS = (1, 3)
-SIZES = (220, 860, 2230)  #: of the two hidden layers of MlpPolicy: about 0.1, 1.5 and 10 million parameters
 
 
 class CountingHost(Host):
@@ -92,7 +91,7 @@ def main() -> None:
         print(f"| {n_parameters / 1e6:.1f}M | {args.only[0]} | {1000 * median:.1f} |")
         return
     print(machine(), "\n\n| parameters | hosts | an exchange, ms |\n|---|---|---|", sep="")
-    for size in SIZES:
+    for size in MLP_SIZES:
         for n_hosts in HOSTS:
             only = map(str, (n_hosts, size))
             print(in_a_process_of_its_own(__file__, "--seconds", str(args.seconds), "--only", *only), flush=True)

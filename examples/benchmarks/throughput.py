@@ -160,30 +160,24 @@ def _network_microseconds(policy: CnnLstmPolicy, n_envs: int, cached: bool, seco
     return 1e6 * (time.perf_counter() - begin) / (n_passes * n_steps * n_envs)
 
 
-#: What takes the number of environments, too.
-WITH_N_ENVS: dict[str, Callable[[str, float, int], Result]] = {
-    "A3C": a3c,
-    "A3C, native": functools.partial(a3c, make_env=make_ale_vec_env),
-    "A3C, native, bfloat16": functools.partial(a3c, make_env=make_ale_vec_env, dtype=th.bfloat16),
-    "A2C Dummy": a2c,
-    "A2C Dummy, 1 thread": functools.partial(a2c, n_threads=1),
-    "A2C Dummy, native": functools.partial(a2c, make_env=make_ale_vec_env),
-    "A2C Subproc": functools.partial(a2c, vec_env_cls=SubprocVecEnv),
-    "A2C Subproc, 1 thread": functools.partial(a2c, n_threads=1, vec_env_cls=SubprocVecEnv),
-}
-OTHERS: dict[str, Callable[[str, float], Result]] = {
-    "RecurrentPPO": recurrent_ppo,
-    "classic A3C": classic,
-    "classic A3C, native": functools.partial(classic, make_env=make_ale_vec_env),
-    "lower bound": lower_bound,
-    "lower bound, native": functools.partial(lower_bound, make_env=make_ale_vec_env),
-}
-CONTESTANTS = (*WITH_N_ENVS, *OTHERS)
-
-
-def run(name: str, env_id: str, seconds: float, n_envs: int) -> Result:
-    """Measure a contestant in this process."""
-    return WITH_N_ENVS[name](env_id, seconds, n_envs) if name in WITH_N_ENVS else OTHERS[name](env_id, seconds)
+def contestants(n_envs: int) -> dict[str, Callable[[str, float], Result]]:
+    """Of an environment id and seconds; A3C and A2C have ``n_envs`` environments."""
+    a3cs, a2cs = functools.partial(a3c, n_envs=n_envs), functools.partial(a2c, n_envs=n_envs)
+    return {
+        "A3C": a3cs,
+        "A3C, native": functools.partial(a3cs, make_env=make_ale_vec_env),
+        "A3C, native, bfloat16": functools.partial(a3cs, make_env=make_ale_vec_env, dtype=th.bfloat16),
+        "A2C Dummy": a2cs,
+        "A2C Dummy, 1 thread": functools.partial(a2cs, n_threads=1),
+        "A2C Dummy, native": functools.partial(a2cs, make_env=make_ale_vec_env),
+        "A2C Subproc": functools.partial(a2cs, vec_env_cls=SubprocVecEnv),
+        "A2C Subproc, 1 thread": functools.partial(a2cs, n_threads=1, vec_env_cls=SubprocVecEnv),
+        "RecurrentPPO": recurrent_ppo,
+        "classic A3C": classic,
+        "classic A3C, native": functools.partial(classic, make_env=make_ale_vec_env),
+        "lower bound": lower_bound,
+        "lower bound, native": functools.partial(lower_bound, make_env=make_ale_vec_env),
+    }
 
 
 def measure(name: str, game: str, seconds: float, n_envs: int) -> Result:
@@ -229,17 +223,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--n-envs", type=int, default=16, help="of A3C and A2C")
-    parser.add_argument("--only", choices=CONTESTANTS, help="print the result of one contestant, as JSON")
+    parser.add_argument("--only", choices=contestants(1), help="print the result of one contestant, as JSON")
     arguments = parser.parse_args()
+    everyone = contestants(arguments.n_envs)
     if arguments.only:
-        env_id = f"{arguments.games[0]}NoFrameskip-v4"
-        print(json.dumps(run(arguments.only, env_id, arguments.seconds, arguments.n_envs)))
+        result = everyone[arguments.only](f"{arguments.games[0]}NoFrameskip-v4", arguments.seconds)
+        print(json.dumps(result))
         return
     print(machine())
     for game in arguments.games:
-        results: dict[str, list[Result]] = {name: [] for name in CONTESTANTS}
+        results: dict[str, list[Result]] = {name: [] for name in everyone}
         for _ in range(arguments.repetitions):
-            for name in CONTESTANTS:
+            for name in everyone:
                 results[name].append(measure(name, game, arguments.seconds, arguments.n_envs))
         report(game, results)
 
