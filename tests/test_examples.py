@@ -189,6 +189,13 @@ def test_train_atari_without_a_model(run: Callable[..., str]) -> None:
         run("train_atari", "--play")
 
 
+def test_results_keep_a_commit_that_looks_like_a_number(tmp_path: Path) -> None:
+    update_csv = runpy.run_path(str(EXAMPLES / "results" / "reproduce.py"))["update_csv"]
+    for seed in (1, 2):
+        update_csv(tmp_path / "evaluations.csv", [{"seed": seed, "commit": "18347e6"}], ["seed"])
+    assert (tmp_path / "evaluations.csv").read_text().splitlines() == ["seed,commit", "1,18347e6", "2,18347e6"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_results_are_reproduced_quickly(tmp_path: Path) -> None:

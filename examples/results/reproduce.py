@@ -180,7 +180,8 @@ def _commit() -> str:
 def update_csv(path: Path, new: list[dict[str, Any]], keys: list[str]) -> None:
     """Add lines to a CSV file; they replace those with the same values of ``keys``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    old = [pd.read_csv(path)] if path.exists() else []
+    # a commit such as 18347e6 is no number
+    old = [pd.read_csv(path, dtype={"commit": str})] if path.exists() else []
     table = pd.concat([*old, pd.DataFrame(new)])
     table.drop_duplicates(keys, keep="last").sort_values(keys).to_csv(path, index=False)
 
