@@ -49,6 +49,7 @@ from sb3_a3c.version import __version__
 from sb3_a3c.workers.assignment import Assignment
 from sb3_a3c.workers.callback_locals import can_see_observations, install
 from sb3_a3c.workers.collector import HogwildCollector, MakeWorkers
+from sb3_a3c.workers.learning_rate import DefaultLearningRate
 from sb3_a3c.workers.worker_processes import workers_here
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
@@ -69,7 +70,7 @@ class A3C(OnPolicyAlgorithm):
     :param env: The environment to learn from (if registered in Gym, can be str). ``n_workers=k`` makes k copies of a
         single environment or id
     :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0) over the
-        timesteps of all workers
+        timesteps of all workers. None: 3e-4 * min(1, sqrt(4 / n)), if one rollout of every worker makes n updates
     :param n_steps: The number of steps in each environment per rollout (t_max in the paper)
     :param gamma: Discount factor
     :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator.
@@ -129,7 +130,7 @@ class A3C(OnPolicyAlgorithm):
         self,
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 3e-4,
+        learning_rate: float | Schedule | None = None,
         n_steps: int = 20,
         gamma: float = 0.99,
         gae_lambda: float = 1.0,
@@ -183,7 +184,7 @@ class A3C(OnPolicyAlgorithm):
         super().__init__(
             policy,
             _make_env(env, n_workers, verbose),
-            learning_rate=learning_rate,
+            learning_rate=learning_rate,  # type: ignore[arg-type]  # None is for `_setup_lr_schedule` below
             n_steps=n_steps,
             gamma=gamma,
             gae_lambda=gae_lambda,
@@ -211,8 +212,6 @@ class A3C(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         check_arguments(vars(self))  # in a loaded model they may differ from the constructor's
         check_observation_space(getattr(self, "observation_space", None), self.policy_class)
-        if not callable(self.learning_rate):
-            self.learning_rate = float(self.learning_rate)  # SB3 does not take numpy's float32
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         kwargs = {**self.policy_kwargs}
@@ -230,6 +229,14 @@ class A3C(OnPolicyAlgorithm):
         self.policy = self.policy.to(self.device)
         self.rollout_buffer = None  # type: ignore[assignment]
         check_optimizer(self.policy.optimizer)
+
+    def _setup_lr_schedule(self) -> None:
+        if self.learning_rate is None:
+            self.lr_schedule = DefaultLearningRate()
+            return
+        if not callable(self.learning_rate):
+            self.learning_rate = float(self.learning_rate)  # SB3 does not take numpy's float32
+        super()._setup_lr_schedule()
 
     def _hyperparams(self) -> Hyperparams:
         # to look for the parameters in all modules at each step would take longer than the rest of it
@@ -340,8 +347,16 @@ class A3C(OnPolicyAlgorithm):
             report_obs=can_see_observations(callback),
             on_other_hosts=place is not None,
         )
+        if isinstance(self.lr_schedule, DefaultLearningRate):
+            self.lr_schedule.n_updates = assignment.n_updates
         if self.verbose >= 1:
             print(assignment.summary(place), flush=True)
+            if isinstance(self.lr_schedule, DefaultLearningRate) and (rate := self.lr_schedule(1.0)) < 3e-4:
+                print(
+                    f"The learning rate is {rate:.3g} and not 3e-4, because one rollout of every worker makes "
+                    f"{assignment.n_updates} updates.",
+                    flush=True,
+                )
             if self.seed is not None and assignment.n_workers > 1 and not self.take_turns:
                 print(
                     f"With several workers, two runs with seed={self.seed} differ. "

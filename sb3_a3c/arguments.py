@@ -57,7 +57,8 @@ def check_arguments(values: Mapping[str, Any]) -> None:
         value = values.get(name, 0)
         if not (_is_number(value) and 0 <= value <= maximum):
             raise ValueError(f"`{name}` must be a number between 0 and {maximum}, not {value!r}.")
-    check_rate("learning_rate", values.get("learning_rate", 0.0), 1.0)
+    if values.get("learning_rate") is not None:
+        check_rate("learning_rate", values["learning_rate"], 1.0)
     check_rate("lr_schedule", values.get("lr_schedule", float), 1.0)
     if not isinstance(take_turns := values.get("take_turns", False), bool | np.bool_):
         raise ValueError(f"`take_turns` must be True or False, not {take_turns!r}.")

@@ -49,7 +49,7 @@ def new_model(settings: argparse.Namespace, env: VecEnv) -> A3C:
         """Rises over the first ``warm_up`` timesteps; with ``anneal`` it falls linearly to 0."""
         done = (1.0 - progress_remaining) * settings.timesteps
         rise = min(1.0, (done + 1) / (settings.warm_up + 1))
-        rate: float = settings.learning_rate * rise * (progress_remaining if settings.anneal else 1.0)
+        rate: float = (settings.learning_rate or 3e-4) * rise * (progress_remaining if settings.anneal else 1.0)
         return rate
 
     policy_kwargs: dict[str, Any] = {}
@@ -60,7 +60,7 @@ def new_model(settings: argparse.Namespace, env: VecEnv) -> A3C:
     return A3C(
         "CnnLstmPolicy",
         env,
-        learning_rate=learning_rate,
+        learning_rate=learning_rate if settings.learning_rate or settings.anneal or settings.warm_up else None,
         n_workers=settings.n_workers,
         n_steps=settings.n_steps,
         gae_lambda=settings.gae_lambda,
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--n-envs", type=int, default=16)
     parser.add_argument("--n-steps", type=int, default=20)
     parser.add_argument("--envs-per-update", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--anneal", action="store_true", help="let the learning rate fall linearly to 0")
     parser.add_argument("--warm-up", type=int, default=0, help="timesteps over which the learning rate rises")
     parser.add_argument("--gae-lambda", type=float, default=1.0)

@@ -64,6 +64,11 @@ class Assignment:
             for worker, indices in enumerate(self.env_indices)
         ]
 
+    @property
+    def n_updates(self) -> int:
+        """Number of updates that one rollout of every worker makes."""
+        return sum(math.ceil(len(indices) / self.hyperparams.envs_per_update) for indices in self.env_indices)
+
     def summary(self, place: str | None = None) -> str:
         """
         What is about to start, in one line for the user.
@@ -72,8 +77,7 @@ class Assignment:
         """
         n_envs, hyperparams = self.env.num_envs, self.hyperparams
         sizes = [len(indices) for indices in self.env_indices]
-        n_updates = sum(math.ceil(size / hyperparams.envs_per_update) for size in sizes)
-        updates = f"{1000 * n_updates / (hyperparams.n_steps * n_envs):.3g} updates per 1,000 timesteps"
+        updates = f"{1000 * self.n_updates / (hyperparams.n_steps * n_envs):.3g} updates per 1,000 timesteps"
         if not self.shares:
             return f"A3C trains in this process (n_workers=0), with {counted(n_envs, 'environment')}: {updates}"
         workers, place = counted(self.n_workers, "worker"), place or counted(n_cores(), "core")
