@@ -223,7 +223,7 @@ def test_results_are_reproduced_quickly(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime for path in script.parent.rglob("*")} == before
     quick = tmp_path / "logs" / "quick"
     evaluations = [pd.read_csv(path) for path in quick.glob("*/evaluations.csv")]
-    assert sum(map(len, evaluations)) == 2 * 12
+    assert sum(map(len, evaluations)) == 2 * 14
     for table in evaluations:
         assert set(table["actions"]) == {"sampled", "most probable"}
         assert (table["timesteps"] >= 2000).all()

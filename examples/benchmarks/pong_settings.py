@@ -5,7 +5,7 @@ One run of the search for the settings that learn Pong soonest:
     python examples/benchmarks/pong_settings.py --learning-rate 2e-4 --ent-coef 0.01 --seconds 15
 
 Saves the logged curve (``progress.csv``), checkpoints and the final model to ``logs/pong_settings/<settings>/``. Options
-that are not given are as in ``train_atari.py``. Timesteps are decisions of the agent; returns are those of training
+that are not given are A3C's defaults. Timesteps are decisions of the agent; returns are those of training
 episodes. With ``--resume`` and more ``--timesteps`` it continues from the final model, with the curve in a folder
 ``from_<timesteps>``. With ``--seconds`` it only prints the steps per second, and saves nothing.
 """

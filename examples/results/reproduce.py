@@ -73,6 +73,8 @@ ROWS = {
     "cartpole": Row("CartPole-v1"),
     "cartpole-no-velocities": Row("CartPoleNoVel-v1"),
     "acrobot": Row("Acrobot-v1"),
+    "mountain-car": Row("MountainCar-v0"),
+    "mountain-car-continuous": Row("MountainCarContinuous-v0"),
     "lunar-lander": Row("LunarLander-v3"),
     "bipedal-walker": Row("BipedalWalker-v3"),
     "pendulum-no-velocities": Row("PendulumNoVel-v1"),

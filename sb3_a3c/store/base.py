@@ -1,6 +1,6 @@
 """
-Protocols of the store of shared parameters. All other code is written against them; only the collector and the doctor choose
-an implementation.
+Protocols of the store of shared parameters. All other code is written against them; only the collector, the hosts of a
+cluster and the doctor choose an implementation.
 """
 
 from collections.abc import Sequence
