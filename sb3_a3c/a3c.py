@@ -70,7 +70,7 @@ class A3C(OnPolicyAlgorithm):
     :param env: The environment to learn from (if registered in Gym, can be str). ``n_workers=k`` makes k copies of a
         single environment or id
     :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0) over the
-        timesteps of all workers. None: 3e-4 * min(1, sqrt(4 / n)), if one rollout of every worker makes n updates
+        timesteps of all workers. None: 3e-4 * min(1, sqrt(4 / n)), if one rollout of every worker makes n updates in all
     :param n_steps: The number of steps in each environment per rollout (t_max in the paper)
     :param gamma: Discount factor
     :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator.
@@ -103,7 +103,8 @@ class A3C(OnPolicyAlgorithm):
     :param envs_per_update: Number of environments in each chunk of a rollout; every chunk makes one update of the shared
         parameters. Small chunks make more updates, large chunks take less time per step
     :param take_turns: Whether workers pull, act and push one after another, in a fixed order. This is slow, but makes runs
-        with the same seed and several workers identical to the bit
+        with the same seed and several workers identical to the bit (without ``VecNormalize``, whose statistics arrive at
+        other workers at no fixed time)
     :param start_method: "forkserver" or "spawn", see ``multiprocessing``. None: "forkserver" where the platform has it
     :param max_worker_restarts: Number of workers that may be replaced in one call of ``learn`` because they were killed
         (out of memory, a crash in C code) or hang. Workers of a ``SubprocVecEnv`` can't be replaced
@@ -348,19 +349,19 @@ class A3C(OnPolicyAlgorithm):
             on_other_hosts=place is not None,
         )
         if isinstance(self.lr_schedule, DefaultLearningRate):
-            self.lr_schedule.n_updates = assignment.n_updates
+            self.lr_schedule.n_updates = assignment.n_simultaneous_updates
         if self.verbose >= 1:
             print(assignment.summary(place), flush=True)
             if isinstance(self.lr_schedule, DefaultLearningRate) and (rate := self.lr_schedule(1.0)) < 3e-4:
                 print(
-                    f"The learning rate is {rate:.3g} and not 3e-4, because one rollout of every worker makes "
-                    f"{assignment.n_updates} updates.",
+                    f"The learning rate is {rate:.3g} and not 3e-4, because {assignment.n_simultaneous_updates} updates "
+                    "begin from about the same parameters.",
                     flush=True,
                 )
             if self.seed is not None and assignment.n_workers > 1 and not self.take_turns:
                 print(
                     f"With several workers, two runs with seed={self.seed} differ. "
-                    "Those with n_workers=1 or take_turns=True are identical.",
+                    "Those with n_workers=1, or take_turns=True and no VecNormalize, are identical.",
                     flush=True,
                 )
         return HogwildCollector(
@@ -440,13 +441,15 @@ class A3C(OnPolicyAlgorithm):
                 self.num_timesteps += env.num_envs
             self._last_obs = step.obs  # before the step, as in A2C; None if no callback can see it
             rewards, dones, infos, actions = step.rewards, step.dones, step.infos, step.actions
+            for learned in (rewards, dones, actions):
+                learned.flags.writeable = False  # to change them would have no effect, as it has in A2C
             clipped_actions = to_env_actions(self.policy, actions)
             values = th.as_tensor(step.values)[:, None]  # (n_envs,) -> (n_envs, 1), as in A2C
             if step.obs is not None:
                 obs_tensor, new_obs = obs_as_tensor(step.obs, self.device), step.new_obs
             callback.update_locals(locals())
             should_continue = callback.on_step()
-            self._last_obs = step.new_obs
+            self._last_obs, self._last_episode_starts = step.new_obs, dones
             self._update_info_buffer(infos, dones)
             if not should_continue:
                 self._collector.drain()

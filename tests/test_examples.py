@@ -201,13 +201,13 @@ def test_results_keep_a_commit_that_looks_like_a_number(tmp_path: Path) -> None:
 def test_seeds_are_aggregated(tmp_path: Path) -> None:
     """In a virtual environment of its own, as the script says."""
     subprocess.run([sys.executable, "-m", "venv", "venv"], cwd=tmp_path, check=True)
-    python = tmp_path / "venv" / "bin" / "python"
+    python = str(tmp_path / "venv" / "bin" / "python")
     subprocess.run([python, "-m", "pip", "install", "--quiet", "rliable", "pandas<3"], check=True, timeout=500)
     (tmp_path / "pong").mkdir()
     scores = [19.4, 1.0, 19.6, 19.5, 20.0]
     lines = ["algo,seed,actions,mean", *(f"a3c,{seed},sampled,{score}" for seed, score in enumerate(scores))]
     (tmp_path / "pong" / "evaluations.csv").write_text("\n".join([*lines, "ppo,1,sampled,18.0"]))
-    command = [python, EXAMPLES / "results" / "aggregate.py", "--folder", tmp_path, "--samples", "2000"]
+    command = [python, str(EXAMPLES / "results" / "aggregate.py"), "--folder", str(tmp_path), "--samples", "2000"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     _, _, line = output.splitlines()  # one seed of PPO is too few
     assert line.startswith("| pong | a3c | sampled | 5 | 19.5 (1.0 to 20.0) | 19.5 (")  # the mean of 19.4, 19.5 and 19.6

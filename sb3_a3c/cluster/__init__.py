@@ -1,1 +1,1 @@
-"""Training on several hosts. Only the exchange between their stores is there yet."""
+"""Training on several hosts of a Ray cluster; imported only when `A3C(cluster=…)` asks for it."""

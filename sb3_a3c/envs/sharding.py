@@ -40,17 +40,18 @@ from sb3_a3c.envs.wrapper_state import FirstReset, begin_episodes
 _WRAPPERS = (VecCheckNan, VecExtractDictObs, VecFrameStack, VecMonitor, VecNormalize, VecTransposeImage, VecVideoRecorder)
 
 
-@dataclass(frozen=True)
+@dataclass
 class EnvShare:
     """Environments on their way to a worker."""
 
-    data: bytes
+    data: bytes  #: empty once they are opened: environments may be large
     connections: tuple["Connection[Any, Any]", ...]  #: to the processes of a ``SubprocVecEnv``
     first_reset: FirstReset
 
     def open(self) -> VecEnv:
         """Unpickle the environments, which begin new episodes at their first reset."""
-        return begin_episodes(load_env(self.data, self.connections), self.first_reset)
+        data, self.data = self.data, b""
+        return begin_episodes(load_env(data, self.connections), self.first_reset)
 
 
 def deal(n_envs: int, n_workers: int) -> list[tuple[int, ...]]:

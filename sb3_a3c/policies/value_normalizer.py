@@ -7,7 +7,8 @@ import numpy.typing as npt
 import torch as th
 from torch import nn
 
-#: Weight of the targets of the newest update in the statistics: they follow the last 100 updates or so.
+#: Weight of the targets of the newest update in the statistics: they follow the last 100 updates or so of each worker. (With
+#: several workers one that pushes replaces what others have pushed since its pull, as with all module buffers.)
 STEP_SIZE = 0.01
 #: Targets that are smaller than 1 are not magnified, so that sparse rewards of -1, 0 and 1 stay as they are.
 MIN_SCALE = 1.0

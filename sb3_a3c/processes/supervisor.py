@@ -18,13 +18,13 @@ class Supervisor(ProcessGroup, EventReceiver):
     def __init__(self, target: Callable[..., None], arguments: Sequence[tuple[Any, ...]], *args: Any, **kwargs: Any) -> None:
         ProcessGroup.__init__(self, target, len(arguments), *args, **kwargs)
         EventReceiver.__init__(self, len(arguments), self._name)
-        self._arguments = arguments
+        self._arguments = list(arguments)
 
     def start(self) -> None:
         """Start all processes. If one can't be started, stop the others."""
         try:
-            for index, arguments in enumerate(self._arguments):
-                self.start_one(index, arguments)
+            for index in range(len(self._arguments)):
+                self.start_one(index, self._arguments.pop(0))  # not kept, they may be large
         except BaseException:
             self.stop()
             raise

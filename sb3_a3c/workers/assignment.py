@@ -54,7 +54,8 @@ class Assignment:
         seeds = [new if given is None else given for new, given in zip(derived[:n_envs], env_seeds, strict=True)]
         self.first_reset = FirstReset(tuple(seeds), tuple(env_options))
         shares = _shares(env, n_workers, self.first_reset, keep_writers=not on_other_hosts)
-        self.shares = list(shares.values())  #: of each worker process its environments; empty to train in this process
+        #: of each worker process its environments, until it is started; empty to train in this process
+        self.shares: list[EnvShare | None] = list(shares.values())
         self.env_indices = list(shares) or [tuple(range(n_envs))]  #: of each worker
         self.n_workers = len(self.env_indices)  #: at least 1
         self.worker_of = {index: worker for worker, indices in enumerate(self.env_indices) for index in indices}
@@ -65,9 +66,17 @@ class Assignment:
         ]
 
     @property
-    def n_updates(self) -> int:
-        """Number of updates that one rollout of every worker makes."""
-        return sum(math.ceil(len(indices) / self.hyperparams.envs_per_update) for indices in self.env_indices)
+    def _n_updates(self) -> list[int]:
+        """Of each worker, the number of updates that one of its rollouts makes."""
+        return [math.ceil(len(indices) / self.hyperparams.envs_per_update) for indices in self.env_indices]
+
+    @property
+    def n_simultaneous_updates(self) -> int:
+        """
+        Number of updates that begin from about the same parameters: those of one rollout of every worker, because each
+        pushes while the others act; where workers take turns, of one worker.
+        """
+        return max(self._n_updates) if self.hyperparams.take_turns else sum(self._n_updates)
 
     def summary(self, place: str | None = None) -> str:
         """
@@ -77,7 +86,7 @@ class Assignment:
         """
         n_envs, hyperparams = self.env.num_envs, self.hyperparams
         sizes = [len(indices) for indices in self.env_indices]
-        updates = f"{1000 * self.n_updates / (hyperparams.n_steps * n_envs):.3g} updates per 1,000 timesteps"
+        updates = f"{1000 * sum(self._n_updates) / (hyperparams.n_steps * n_envs):.3g} updates per 1,000 timesteps"
         if not self.shares:
             return f"A3C trains in this process (n_workers=0), with {counted(n_envs, 'environment')}: {updates}"
         workers, place = counted(self.n_workers, "worker"), place or counted(n_cores(), "core")
@@ -91,8 +100,10 @@ class Assignment:
         return text
 
     def arguments(self, worker: int) -> tuple[EnvShare, bytes]:
-        """The arguments of ``run_worker`` after the channel and the store."""
-        return self.shares[worker], cloudpickle.dumps(self.configs[worker])
+        """The arguments of ``run_worker`` after the channel and the store. They are not kept: environments may be large."""
+        share, self.shares[worker] = self.shares[worker], None
+        assert share is not None
+        return share, cloudpickle.dumps(self.configs[worker])
 
     def n_tickets(self, worker: int) -> int:
         """Number of rollouts that a worker may begin before the first of them is consumed."""

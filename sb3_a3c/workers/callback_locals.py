@@ -1,6 +1,5 @@
 """The ``locals`` that callbacks read: those of A2C that exist here, and an error that explains each that does not."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
@@ -38,9 +37,14 @@ def can_see_observations(callback: BaseCallback) -> bool:
     )
 
 
-def _all(callback: BaseCallback) -> Iterator[BaseCallback]:
-    yield callback
-    children = callback.callbacks if isinstance(callback, CallbackList) else vars(callback).values()
-    for child in children:
-        if isinstance(child, BaseCallback) and child is not callback.parent:
-            yield from _all(child)
+def _all(callback: BaseCallback) -> list[BaseCallback]:
+    """A callback and those that it refers to, each once: they may refer to each other."""
+    found: list[BaseCallback] = []
+    waiting = [callback]
+    while waiting:
+        each = waiting.pop()
+        if not any(each is other for other in found):
+            found.append(each)
+            children = each.callbacks if isinstance(each, CallbackList) else vars(each).values()
+            waiting += [child for child in children if isinstance(child, BaseCallback)]
+    return found

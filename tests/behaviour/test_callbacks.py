@@ -496,3 +496,37 @@ def test_the_progress_bar_counts_calls(setup: Setup, monkeypatch: pytest.MonkeyP
         assert 0 <= model.num_timesteps - n_before - shown < N_ENVS  # an incomplete last row is counted without a call
         n_before = model.num_timesteps
     assert len(bars) == 2
+
+
+def test_callbacks_that_refer_to_each_other(setup: Setup) -> None:
+    class Partner(BaseCallback):
+        partner: BaseCallback
+
+        def _on_step(self) -> bool:
+            assert self.locals["rewards"].shape == (N_ENVS,)
+            return True
+
+    first, second = Partner(), Partner()
+    first.partner, second.partner = second, first
+    setup.model().learn(40, [first, second])
+    assert first.n_calls == second.n_calls > 0
+
+
+def test_what_was_learned_from_can_not_be_changed(setup: Setup) -> None:
+    """In A2C the change of a reward has an effect. The next step begins an episode where this one has ended one."""
+
+    class Shaping(BaseCallback):
+        dones: list[bool]
+
+        def _on_step(self) -> bool:
+            for name in ("rewards", "dones", "actions"):
+                with pytest.raises(ValueError, match="read-only"):
+                    self.locals[name] *= 0
+            if self.n_calls > 1:
+                assert vars(self.model)["_last_episode_starts"].tolist() == self.dones
+            self.dones = self.locals["dones"].tolist()
+            return True
+
+    callback = Shaping()
+    setup.model().learn(200, callback)
+    assert callback.n_calls >= 200 // N_ENVS - 1

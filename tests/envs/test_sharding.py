@@ -168,6 +168,13 @@ def test_shares_step_as_the_unsplit_environment(stack: VecEnv) -> None:
         env.close()
 
 
+def test_an_opened_share_keeps_no_copy() -> None:
+    (share,) = split(dice(1), [(0,)], [7])
+    assert share.data
+    share.open()
+    assert not share.data
+
+
 def test_opening_a_share_leaves_the_original_alone() -> None:
     env = dice(2)
     env.seed(5)
@@ -260,8 +267,8 @@ def test_monitor_files_are_continued(tmp_path: Path) -> None:
     file = tmp_path / "0.monitor.csv"
     returns = episodes(env, 3)
     header = monitor_rows(file)[0]
-    (share,) = split(env, [(0,)], [1])
     for _ in range(2):  # the second as for a worker that was replaced
+        (share,) = split(env, [(0,)], [1])
         opened = share.open()
         assert len(monitor_rows(file)[1]) == len(returns)
         returns += episodes(opened, 4)

@@ -9,7 +9,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_a3c import A3C
 
-SAID = "The learning rate is {:.3g} and not 3e-4, because one rollout of every worker makes {} updates."
+SAID = "The learning rate is {:.3g} and not 3e-4, because {} updates begin from about the same parameters."
 
 
 def rate_of(model: A3C) -> float:
@@ -27,6 +27,7 @@ def rate_of(model: A3C) -> float:
         (6, {"n_workers": 6}, 6),  # each worker has one environment, fewer than envs_per_update
         (12, {"n_workers": 1, "envs_per_update": 1}, 12),
         (5, {"n_workers": 2, "envs_per_update": 1}, 5),
+        (6, {"n_workers": 6, "take_turns": True}, 1),  # each pulls what the one before it has pushed
     ],
 )
 def test_many_updates_from_the_same_parameters_are_shorter(
