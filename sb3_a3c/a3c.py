@@ -348,22 +348,21 @@ class A3C(OnPolicyAlgorithm):
             report_obs=can_see_observations(callback),
             on_other_hosts=place is not None,
         )
+        told = [assignment.summary(place)]
         if isinstance(self.lr_schedule, DefaultLearningRate):
-            self.lr_schedule.n_updates = assignment.n_simultaneous_updates
+            self.lr_schedule.n_updates = n_updates = assignment.n_simultaneous_updates
+            if (rate := self.lr_schedule(1.0)) < 3e-4:
+                told.append(
+                    f"The learning rate is {rate:.3g} and not 3e-4, because {n_updates} updates begin from about the same "
+                    "parameters."
+                )
+        if self.seed is not None and assignment.n_workers > 1 and not self.take_turns:
+            told.append(
+                f"With several workers, two runs with seed={self.seed} differ. "
+                "Those with n_workers=1, or take_turns=True and no VecNormalize, are identical."
+            )
         if self.verbose >= 1:
-            print(assignment.summary(place), flush=True)
-            if isinstance(self.lr_schedule, DefaultLearningRate) and (rate := self.lr_schedule(1.0)) < 3e-4:
-                print(
-                    f"The learning rate is {rate:.3g} and not 3e-4, because {assignment.n_simultaneous_updates} updates "
-                    "begin from about the same parameters.",
-                    flush=True,
-                )
-            if self.seed is not None and assignment.n_workers > 1 and not self.take_turns:
-                print(
-                    f"With several workers, two runs with seed={self.seed} differ. "
-                    "Those with n_workers=1, or take_turns=True and no VecNormalize, are identical.",
-                    flush=True,
-                )
+            print("\n".join(told), flush=True)
         return HogwildCollector(
             assignment,
             self.policy,
