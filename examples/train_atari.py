@@ -12,6 +12,7 @@ curves. A timestep is one decision of the agent, which is four frames of the emu
 import argparse
 from pathlib import Path
 
+import torch as th
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, VecTransposeImage
@@ -83,7 +84,11 @@ def train(args: argparse.Namespace, folder: Path) -> None:
         move_aside(folder)
     env = training_env(args, folder, start)
     settings = {"n_workers": args.n_workers, "verbose": 1, "tensorboard_log": str(folder), "seed": args.seed}
-    model = A3C.load(start, env, **settings) if start else A3C("CnnLstmPolicy", env, **settings)
+    if start:
+        model = A3C.load(start, env, **settings)
+    else:
+        policy_kwargs = {"features_extractor_kwargs": {"dtype": th.bfloat16}} if args.bfloat16 else None
+        model = A3C("CnnLstmPolicy", env, policy_kwargs=policy_kwargs, **settings)
     # callbacks are called once every n_envs timesteps
     save_freq = max(args.save_freq // args.n_envs, 1)
     checkpoints = CheckpointCallback(save_freq, str(folder / "checkpoints"), "a3c")
@@ -139,6 +144,9 @@ def main() -> None:
     parser.add_argument("--eval-freq", type=int, default=250_000, help="timesteps between two evaluations")
     parser.add_argument(
         "--normalize-reward", action="store_true", help="scale rewards (VecNormalize) instead of clipping them"
+    )
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="faster convolutions, if the processor has instructions for it"
     )
     parser.add_argument("--resume", action="store_true", help="resume from the newest undamaged model in logs/<env>/")
     parser.add_argument("--play", action="store_true", help="show five games of the newest model in a window")
