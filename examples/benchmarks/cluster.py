@@ -27,10 +27,11 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_a3c import A3C
+from sb3_a3c.cluster.broker import EXCHANGE_RATIO, EXCHANGE_SECONDS
 
 HOSTS = (1, 2, 3)
 RATES = ((0.01, 2), (0.1, 6))  #: seconds of a step, workers on each node
-BANDWIDTHS = (1e9, 1e10)  #: bits a second
+BANDWIDTHS = (float("inf"), 1e9, 1e10)  #: bits a second
 
 
 class Waiting(gym.Env[Any, Any]):
@@ -126,19 +127,28 @@ def report_rates(seconds: float, repetitions: int) -> None:
 
 
 def report_exchanges(seconds: float) -> None:
-    """Measure and print a table of exchanges, and what to expect with a network."""
-    print("\n| parameters | hosts | exchange, ms | staleness | with 1 Gbit/s | with 10 Gbit/s |\n|---|---|---|---|---|---|")
+    """Measure and print a table of exchanges, with the staleness that :func:`expected_staleness` says for it."""
+    print("\n| parameters | hosts | exchange, ms | staleness | computed | with 1 Gbit/s | with 10 Gbit/s |")
+    print("|---|---|---|---|---|---|---|")
     for size in MLP_SIZES:
         for n_hosts in (1, 3):
             result = measure(n_hosts, 0.1, 2, size, seconds)
-            per_host = result["updates/s"] / n_hosts
-            transfer = [8 * n_hosts * 4 * result["parameters"] / bandwidth for bandwidth in BANDWIDTHS]
-            slow, fast = ((n_hosts - 1) * per_host * max(0.05, each) for each in transfer)
-            print(
-                f"| {result['parameters'] / 1e6:.1f}M | {n_hosts} | {result['exchange, ms']:.1f} "
-                f"| {result['staleness']:.1f} | {slow:.1f} | {fast:.1f} |",
-                flush=True,
-            )
+            computed = [expected_staleness(n_hosts, result, bandwidth) for bandwidth in BANDWIDTHS]
+            figures = [result["exchange, ms"], result["staleness"], *computed]
+            told = " | ".join(f"{figure:.1f}" for figure in figures)
+            print(f"| {result['parameters'] / 1e6:.1f}M | {n_hosts} | {told} |", flush=True)
+
+
+def expected_staleness(n_hosts: int, measured: dict[str, float], bandwidth: float) -> float:
+    """
+    Updates by the other hosts from the answer with which a host begins to make steps, until the end of the next exchange.
+
+    :param measured: by :func:`measure`, without a network
+    :param bandwidth: in bits per second, of a network over which the policy is sent there and back
+    """
+    exchange = measured["exchange, ms"] / 1000 + 2 * 32 * measured["parameters"] / bandwidth
+    pause = max(EXCHANGE_SECONDS, EXCHANGE_RATIO * exchange)
+    return (n_hosts - 1) * measured["updates/s"] / n_hosts * (exchange + pause + exchange)
 
 
 def main() -> None:

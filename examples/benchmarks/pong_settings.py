@@ -36,6 +36,8 @@ SEARCHED = (
     "ent_coef",
     "max_grad_norm",
     "beta1",
+    "beta2",
+    "eps",
     "rms_prop",
     "bfloat16",
     "seed",
@@ -55,8 +57,8 @@ def new_model(settings: argparse.Namespace, env: VecEnv) -> A3C:
     policy_kwargs: dict[str, Any] = {}
     if settings.bfloat16:
         policy_kwargs["features_extractor_kwargs"] = dict(dtype=th.bfloat16)
-    if settings.beta1 != 0.9:
-        policy_kwargs["optimizer_kwargs"] = dict(betas=(settings.beta1, 0.999))
+    if not settings.rms_prop:
+        policy_kwargs["optimizer_kwargs"] = dict(betas=(settings.beta1, settings.beta2), eps=settings.eps)
     return A3C(
         "CnnLstmPolicy",
         env,
@@ -105,6 +107,8 @@ def main() -> None:
     parser.add_argument("--ent-coef", type=float, default=0.003)
     parser.add_argument("--max-grad-norm", type=float, default=40.0)
     parser.add_argument("--beta1", type=float, default=0.9, help="of Adam")
+    parser.add_argument("--beta2", type=float, default=0.999, help="of Adam")
+    parser.add_argument("--eps", type=float, default=1e-8, help="of Adam")
     parser.add_argument("--rms-prop", action="store_true", help="instead of Adam")
     parser.add_argument("--bfloat16", action="store_true", help="convolutions in lower precision")
     parser.add_argument("--timesteps", type=int, default=2_000_000)
