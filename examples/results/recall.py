@@ -1,5 +1,6 @@
 """
-A task that takes a memory: a cue is shown once, and asked for 40 steps later, beyond a rollout of 20.
+A task that takes a memory: a cue is shown once, and asked for 16 steps later. Rollouts have 20 steps. With delays of 20 steps
+or more nothing was learned, because gradients do not flow into the rollout before.
 
     python examples/results/recall.py [--timesteps 200000] [--seeds 1 2 3]
 
@@ -24,7 +25,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c import A3C
 
-N_STEPS, DELAY = 20, 40
+N_STEPS, DELAY = 20, 16
 
 
 class Recall(gym.Env[Any, Any]):
