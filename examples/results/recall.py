@@ -1,6 +1,6 @@
 """
-A task that takes a memory: a cue is shown once, and asked for 16 steps later. Rollouts have 20 steps. With delays of 20 steps
-or more nothing was learned, because gradients do not flow into the rollout before.
+A task that takes a memory: a cue is shown once, and asked for 16 steps later. Rollouts have 20 steps. With delays of 20
+steps or more nothing was learned, because gradients do not flow into the rollout before.
 
     python examples/results/recall.py [--timesteps 200000] [--seeds 1 2 3]
 
