@@ -440,8 +440,6 @@ class A3C(OnPolicyAlgorithm):
                 self.num_timesteps += env.num_envs
             self._last_obs = step.obs  # before the step, as in A2C; None if no callback can see it
             rewards, dones, infos, actions = step.rewards, step.dones, step.infos, step.actions
-            for learned in (rewards, dones, actions):
-                learned.flags.writeable = False  # to change them would have no effect, as it has in A2C
             clipped_actions = to_env_actions(self.policy, actions)
             values = th.as_tensor(step.values)[:, None]  # (n_envs,) -> (n_envs, 1), as in A2C
             if step.obs is not None:

@@ -13,6 +13,7 @@ from sb3_a3c.envs.observations import Obs, stacked
 class Step(NamedTuple):
     """
     One step of ``n_envs`` environments, in the terms of A2C's ``collect_rollouts``. Row i of each is the same transition.
+    Rewards, dones and actions are read-only: workers have learned from them, so a change would not have A2C's effect.
     """
 
     rewards: npt.NDArray[np.float32]  #: (n_envs,)
@@ -82,7 +83,7 @@ class StepAssembler:
             if transition.ends_rollout:
                 self._n_rollouts[transition.env_index] -= 1
                 self._used_up.append(transition.env_index)
-        return Step(
+        step = Step(
             rewards=np.array([report.rewards[t, column] for report, t, column in row], dtype=np.float32),
             dones=np.array([report.dones[t, column] for report, t, column in row], dtype=bool),
             infos=[transition.info for transition in row],
@@ -91,6 +92,9 @@ class StepAssembler:
             obs=_stacked([_row(report.obs, t, column) for report, t, column in row]),
             new_obs=_stacked([_new_obs(transition) for transition in row]),
         )
+        for learned_from in (step.rewards, step.dones, step.actions):
+            learned_from.flags.writeable = False
+        return step
 
     def take_used_up(self) -> list[int]:
         """Return the environments of which a rollout has ended in a step since the last call, once for each rollout."""
