@@ -1,4 +1,4 @@
-"""Arguments that sb3-contrib's recurrent policies take and that are impossible here."""
+"""Arguments of LSTM policies that are impossible, most of them of sb3-contrib's recurrent policies."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,4 +23,6 @@ def impossible(kwargs: Mapping[str, Any]) -> list[str]:
     wrong = [f"`{name}`" for name in ("bidirectional", "batch_first", "proj_size") if lstm_kwargs.get(name)]
     if wrong:
         errors.append(f"lstm_kwargs: {', '.join(wrong)}: not possible in a policy that acts step by step; leave it out.")
+    if kwargs.get("forget_gate_bias") and not lstm_kwargs.get("bias", True):
+        errors.append("`forget_gate_bias` is not possible in an LSTM without biases, `lstm_kwargs=dict(bias=False)`.")
     return errors

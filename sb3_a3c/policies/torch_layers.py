@@ -183,6 +183,15 @@ def is_standard_lstm(lstm: nn.LSTM) -> bool:
     return is_unmodified(lstm, nn.LSTM) and not lstm.dropout
 
 
+@th.no_grad()
+def add_to_forget_gates(lstm: nn.LSTM, bias: float) -> None:
+    """Add a number to the biases of the forget gates of all layers."""
+    for name, parameter in lstm.named_parameters():
+        if name.startswith("bias_hh"):
+            _, forget_gate, _, _ = parameter.chunk(4)  # (4 * H,) -> 4 of (H,): input, forget, cell, output
+            forget_gate += bias
+
+
 def run_lstm(lstm: nn.LSTM, features: th.Tensor, state: LstmState, episode_starts: th.Tensor) -> tuple[th.Tensor, LstmState]:
     """
     Run an LSTM over a rollout. States must be zeroed where an episode starts, so there is one call for each stretch between

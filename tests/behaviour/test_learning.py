@@ -65,9 +65,10 @@ def final_return(model: A3C, env_id: str, seed: int, wrapper: type[gym.Wrapper[A
 
 
 def test_only_a_policy_with_memory_recalls_a_cue(tmp_path: Path) -> None:
-    """The cue is nearly as far back as a rollout is long."""
+    """The cue is further back than a rollout is long."""
     script = Path(__file__).parents[2] / "examples" / "results" / "recall.py"
-    subprocess.run([sys.executable, str(script), "--seeds", "1", "--folder", str(tmp_path)], check=True, timeout=1200)
+    subprocess.run([sys.executable, str(script), "--seeds", "1", "--folder", str(tmp_path)], check=True, timeout=2400)
     right = pd.read_csv(tmp_path / "evaluations.csv").set_index("algo")["right"]
-    assert right.pop("A3C with an LSTM") >= 0.98
+    assert right.pop("A3C, LSTM with forget_gate_bias=1") >= 0.98
+    right.pop("A3C, LSTM")  # learns it in some runs
     assert (right <= 0.6).all()

@@ -561,6 +561,20 @@ def test_lstm_kwargs_reach_the_lstm() -> None:
     assert not make("mlp", lstm_kwargs={"bias": False, "bidirectional": False}).lstm.bias
 
 
+def test_forget_gate_bias_changes_nothing_but_the_biases_of_forget_gates() -> None:
+    without, with_bias = make("mlp", n_lstm_layers=2), make("mlp", n_lstm_layers=2, forget_gate_bias=1.5)
+    for (name, before), (_, after) in zip(without.named_parameters(), with_bias.named_parameters(), strict=True):
+        expected = before.detach().clone()
+        if name in ("lstm.bias_hh_l0", "lstm.bias_hh_l1"):
+            expected[HIDDEN : 2 * HIDDEN] += 1.5  # torch's order: input, forget, cell, output
+        assert th.equal(after, expected)
+
+
+def test_an_lstm_without_biases_has_no_forget_gate_bias() -> None:
+    with pytest.raises(ValueError, match="`forget_gate_bias` is not possible in an LSTM without biases"):
+        make("mlp", forget_gate_bias=1.0, lstm_kwargs={"bias": False})
+
+
 @pytest.mark.parametrize("dtype", [th.float32, th.float64])
 def test_initial_state_is_zero_in_the_precision_of_the_parameters(dtype: th.dtype) -> None:
     state = make("mlp").to(dtype).initial_state(2)
@@ -646,7 +660,7 @@ def test_squashed_policy_predicts_within_the_space_and_has_no_entropy() -> None:
     [
         ("mlp", {"n_lstm_layers": 2, "lstm_kwargs": {"dropout": 0.5}, "net_arch": {"pi": [8], "vf": [4]}}),
         ("mlp-box", {"use_sde": True, "squash_output": True, "activation_fn": th.nn.ReLU}),
-        ("cnn", {"normalize_images": False}),
+        ("cnn", {"normalize_images": False, "forget_gate_bias": 1.0}),
         ("cnn", {"channels_last": False, "features_extractor_class": NatureCNN}),
         ("cnn", {"enable_critic_lstm": False, "features_extractor_kwargs": {"features_dim": 9}}),
         ("multi", {"optimizer_class": th.optim.RMSprop}),
@@ -665,6 +679,7 @@ def test_saved_policy_is_the_same_when_loaded(kind: str, kwargs: dict[str, Any],
         "shared_lstm",
         "enable_critic_lstm",
         "lstm_kwargs",
+        "forget_gate_bias",
         "channels_last",
         "normalize_values",
         "net_arch",

@@ -10,7 +10,14 @@ from stable_baselines3.common.torch_layers import NatureCNN
 from torch import nn
 
 from sb3_a3c import CnnLstmPolicy, MlpLstmPolicy, MultiInputLstmPolicy
-from sb3_a3c.policies.torch_layers import IMAGES_AT_ONCE, BabyCNN, EmbeddingExtractor, is_standard_lstm, run_lstm
+from sb3_a3c.policies.torch_layers import (
+    IMAGES_AT_ONCE,
+    BabyCNN,
+    EmbeddingExtractor,
+    add_to_forget_gates,
+    is_standard_lstm,
+    run_lstm,
+)
 
 CHOICE = spaces.Discrete(4)
 
@@ -140,3 +147,12 @@ def test_standard_lstm_has_no_dropout_and_no_subclass() -> None:
     assert is_standard_lstm(nn.LSTM(7, 6, 2, bias=False))
     assert not is_standard_lstm(nn.LSTM(7, 6, 2, dropout=0.5))
     assert not is_standard_lstm(type("Own", (nn.LSTM,), {})(7, 6))
+
+
+def test_forget_gates_keep_what_their_bias_says() -> None:
+    lstm = nn.LSTM(3, 6)
+    for parameter in lstm.parameters():
+        nn.init.zeros_(parameter)
+    add_to_forget_gates(lstm, 2.0)
+    _, (_, cell) = lstm(th.zeros(1, 1, 3), (th.zeros(1, 1, 6), th.ones(1, 1, 6)))
+    assert th.allclose(cell, th.tensor(2.0).sigmoid())
