@@ -350,12 +350,9 @@ class A3C(OnPolicyAlgorithm):
         )
         told = [assignment.summary(place)]
         if isinstance(self.lr_schedule, DefaultLearningRate):
-            self.lr_schedule.n_updates = n_updates = assignment.n_simultaneous_updates
-            if (rate := self.lr_schedule(1.0)) < 3e-4:
-                told.append(
-                    f"The learning rate is {rate:.3g} and not 3e-4, because {n_updates} updates begin from about the same "
-                    "parameters."
-                )
+            self.lr_schedule.n_updates = assignment.n_simultaneous_updates
+            if (line := self.lr_schedule.summary()) is not None:
+                told.append(line)
         if self.seed is not None and assignment.n_workers > 1 and not self.take_turns:
             told.append(
                 f"With several workers, two runs with seed={self.seed} differ. "
@@ -518,7 +515,7 @@ class A3C(OnPolicyAlgorithm):
         """
         As SB3's ``save``, but an existing file is replaced atomically: after a crash or a kill there is either the old file
         or the new one. If the environments have a ``VecNormalize``, it is saved in the same file, for
-        :func:`sb3_a3c.resume.load_statistics`.
+        :func:`sb3_a3c.resume.load_statistics`; a model that was loaded without ``env`` has none to save.
         """
         content = io.BytesIO()
         super().save(content, exclude, include)

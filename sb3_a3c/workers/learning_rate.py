@@ -2,17 +2,30 @@
 
 import math
 
+#: It was found with 4 updates that begin from about the same parameters.
+FULL_RATE = 3e-4
+N_UPDATES = 4
+
 
 class DefaultLearningRate:
     """
-    A constant schedule: 3e-4, which was found with 4 updates that begin from about the same parameters, and less with more.
+    A constant schedule: 3e-4 with up to 4 updates that begin from about the same parameters, and less with more.
 
     Together, n such updates are one step with a batch n times as large. By Adam's scaling rule (Malladi et al. 2022,
     https://arxiv.org/abs/2205.10287) it may be sqrt(n) times as long, so each of the updates gets 1/sqrt(n) of the rate.
     """
 
     def __init__(self) -> None:
-        self.n_updates = 4  #: that begin from about the same parameters; known once workers are assigned
+        self.n_updates = N_UPDATES  #: that begin from about the same parameters; known once workers are assigned
 
     def __call__(self, progress_remaining: float) -> float:
-        return 3e-4 * min(1.0, math.sqrt(4 / self.n_updates))
+        return FULL_RATE * min(1.0, math.sqrt(N_UPDATES / self.n_updates))
+
+    def summary(self) -> str | None:
+        """A line for the user, if the rate is lower than usual."""
+        if (rate := self(1.0)) == FULL_RATE:
+            return None
+        return (
+            f"The learning rate is {rate:.3g} and not {FULL_RATE:.3g}, because {self.n_updates} updates begin from about "
+            "the same parameters."
+        )

@@ -9,7 +9,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_a3c import A3C
 
-SAID = "The learning rate is {:.3g} and not 3e-4, because {} updates begin from about the same parameters."
+SAID = "The learning rate is {:.3g} and not 0.0003, because {} updates begin from about the same parameters."
 
 
 def rate_of(model: A3C) -> float:
