@@ -2,7 +2,7 @@
 A task that takes a memory: a cue is shown once, and asked for 8 steps later. Rollouts have 5 steps, so what was learned
 comes from the state that the LSTM carries from one rollout to the next; no gradient flows back to the cue.
 
-    python examples/results/recall.py [--timesteps 400000] [--seeds 1 2 3]
+    python examples/results/recall.py [--timesteps 400000] [--seeds 1 2 3] [--delay 8] [--n-steps 5]
 
 Trains A3C with and without an LSTM, A2C and PPO. ``examples/results/recall/evaluations.csv`` gets the share of right answers
 in 200 episodes with the most probable actions. Without a memory it can't be above chance, 0.5.
@@ -25,8 +25,6 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c import A3C
 
-N_STEPS, DELAY = 5, 8
-
 #: The gradients here are too small for the LSTM policies' own eps, 1e-3.
 EPS = dict(optimizer_kwargs=dict(eps=1e-5))
 A3C_POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,6 +41,9 @@ class Recall(gym.Env[Any, Any]):
     action_space = spaces.Discrete(2)
     render_mode = None
 
+    def __init__(self, delay: int) -> None:
+        self.delay = delay
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         self.cue = int(self.np_random.integers(2))
@@ -51,20 +52,20 @@ class Recall(gym.Env[Any, Any]):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.t += 1
-        answered = self.t == DELAY + 2  # the previous observation asked
+        answered = self.t == self.delay + 2  # the previous observation asked
         reward = (1.0 if action == self.cue else -1.0) if answered else 0.0
-        asked = self.t == DELAY + 1
+        asked = self.t == self.delay + 1
         return np.array([0, asked], dtype=np.float32), reward, answered, False, {}
 
 
-def new_model(algo: str, env: VecEnv, seed: int) -> BaseAlgorithm:
+def new_model(algo: str, env: VecEnv, n_steps: int, seed: int) -> BaseAlgorithm:
     """Untrained; what is not given is the default."""
     if algo == "A2C":
-        return A2C("MlpPolicy", env, n_steps=N_STEPS, seed=seed)
+        return A2C("MlpPolicy", env, n_steps=n_steps, seed=seed)
     if algo == "PPO":
         return PPO("MlpPolicy", env, seed=seed)
     policy, policy_kwargs = A3C_POLICIES[algo]
-    kwargs: dict[str, Any] = dict(learning_rate=1e-3, n_steps=N_STEPS, ent_coef=0.01, policy_kwargs=policy_kwargs)
+    kwargs: dict[str, Any] = dict(learning_rate=1e-3, n_steps=n_steps, ent_coef=0.01, policy_kwargs=policy_kwargs)
     return A3C(policy, env, seed=seed, n_workers=2, **kwargs)
 
 
@@ -73,14 +74,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timesteps", type=int, default=400_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--delay", type=int, default=8, help="steps between the cue and the question")
+    parser.add_argument("--n-steps", type=int, default=5, help="of a rollout of A3C and A2C")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "recall")
     args = parser.parse_args()
     th.set_num_threads(1)  # the networks are too small for more
     lines = []
     for algo in (*A3C_POLICIES, "A2C", "PPO"):
         for seed in args.seeds:
-            model = new_model(algo, make_vec_env(Recall, 16), seed).learn(args.timesteps)
-            env = make_vec_env(Recall, 4, seed=1000 + seed)
+            env = make_vec_env(Recall, 16, env_kwargs=dict(delay=args.delay))
+            model = new_model(algo, env, args.n_steps, seed).learn(args.timesteps)
+            env = make_vec_env(Recall, 4, seed=1000 + seed, env_kwargs=dict(delay=args.delay))
             returns, _ = evaluate_policy(model, env, n_eval_episodes=200, return_episode_rewards=True)
             right = float(np.mean(np.array(returns) > 0))
             lines.append({"algo": algo, "seed": seed, "timesteps": model.num_timesteps, "right": right})
