@@ -175,8 +175,11 @@ class Run:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    """The commit, with "-dirty" if files other than results have changed since."""
+    git = ["git", "-C", str(RESULTS)]
+    commands = [*git, "describe", "--always"], [*git, "diff", "--name-only", "HEAD", "--", ":/", ":(exclude)*/*"]
+    commit, changed = (subprocess.run(c, capture_output=True, text=True, check=False).stdout.strip() for c in commands)
+    return f"{commit}-dirty" if changed else commit
 
 
 def update_csv(path: Path, new: list[dict[str, Any]], keys: list[str]) -> None:
