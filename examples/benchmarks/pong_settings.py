@@ -7,7 +7,8 @@ One run of the search for the settings that learn Pong soonest:
 Saves the logged curve (``progress.csv``), checkpoints and the final model to ``logs/pong_settings/<settings>/``. Options
 that are not given are A3C's defaults. Timesteps are decisions of the agent; returns are those of training
 episodes. With ``--resume`` and more ``--timesteps`` it continues from the final model, with the curve in a folder
-``from_<timesteps>``. With ``--seconds`` it only prints the steps per second, and saves nothing.
+``from_<timesteps>``. With ``--start-from`` it begins with what another run has learned, to see how these settings
+go on. With ``--seconds`` it only prints the steps per second, and saves nothing.
 """
 
 import argparse
@@ -84,6 +85,10 @@ def train(settings: argparse.Namespace, folder: Path) -> None:
         model.set_random_seed(settings.seed + model.num_timesteps)  # not the episodes of the beginning again
     else:
         model = new_model(settings, env)
+        if settings.start_from:
+            model.set_parameters(settings.start_from)
+            for group in model.policy.optimizer.param_groups:
+                group.update(model.policy.optimizer.defaults)  # of these settings, not of those that were saved
     curve = folder / f"from_{model.num_timesteps}" if settings.resume else folder
     model.set_logger(configure(str(curve), ["csv", "stdout"]))
     checkpoints = CheckpointCallback(100_000 // settings.n_envs, str(folder / "checkpoints"))
@@ -113,11 +118,13 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true", help="convolutions in lower precision")
     parser.add_argument("--timesteps", type=int, default=2_000_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--start-from", help="a model, for its parameters and optimizer state")
     parser.add_argument("--resume", action="store_true", help="continue from the final model")
     parser.add_argument("--seconds", type=float, help="only measure the speed, for this time")
     settings = parser.parse_args()
     given = {name: getattr(settings, name) for name in SEARCHED if getattr(settings, name) != parser.get_default(name)}
     name = "_".join(f"{key}={value}" for key, value in given.items()) or "defaults"
+    name += f"_from_{Path(settings.start_from).stem}" if settings.start_from else ""
     if settings.seconds:
         clock = Clock(settings.seconds)
         new_model(settings, make_ale_vec_env(ENV, settings.n_envs, settings.seed)).learn(10**9, clock)
