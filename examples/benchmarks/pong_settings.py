@@ -124,7 +124,8 @@ def main() -> None:
     settings = parser.parse_args()
     given = {name: getattr(settings, name) for name in SEARCHED if getattr(settings, name) != parser.get_default(name)}
     name = "_".join(f"{key}={value}" for key, value in given.items()) or "defaults"
-    name += f"_from_{Path(settings.start_from).stem}" if settings.start_from else ""
+    if settings.start_from:
+        name += f"_from_{Path(settings.start_from).stem}"
     if settings.seconds:
         clock = Clock(settings.seconds)
         new_model(settings, make_ale_vec_env(ENV, settings.n_envs, settings.seed)).learn(10**9, clock)

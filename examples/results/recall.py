@@ -65,8 +65,9 @@ def new_model(algo: str, env: VecEnv, n_steps: int, seed: int) -> BaseAlgorithm:
     if algo == "PPO":
         return PPO("MlpPolicy", env, seed=seed)
     policy, policy_kwargs = A3C_POLICIES[algo]
-    kwargs: dict[str, Any] = dict(learning_rate=1e-3, n_steps=n_steps, ent_coef=0.01, policy_kwargs=policy_kwargs)
-    return A3C(policy, env, seed=seed, n_workers=2, **kwargs)
+    return A3C(
+        policy, env, learning_rate=1e-3, n_steps=n_steps, ent_coef=0.01, policy_kwargs=policy_kwargs, seed=seed, n_workers=2
+    )
 
 
 def main() -> None:

@@ -133,8 +133,7 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     def _build_mlp_extractor(self) -> None:
         # SB3 calls this after building the features extractor, before the heads and the optimizer
         self.lstm = nn.LSTM(int(self.features_dim), self.lstm_hidden_size, self.n_lstm_layers, **self.lstm_kwargs)
-        if self.forget_gate_bias:
-            add_to_forget_gates(self.lstm, self.forget_gate_bias)
+        add_to_forget_gates(self.lstm, self.forget_gate_bias)
         #: in the place of the LSTM, for a critic without memory
         self.critic: nn.Linear | None = None
         if self.enable_critic_lstm is not None and not self.shared_lstm:
