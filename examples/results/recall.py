@@ -4,7 +4,7 @@ comes from the state that the LSTM carries from one rollout to the next; no grad
 
     python examples/results/recall.py [--timesteps 200000] [--seeds 1 2 3] [--delay 8] [--n-steps 5]
 
-Trains A3C with and without an LSTM, A2C and PPO. ``examples/results/recall/evaluations.csv`` gets the share of right answers
+Trains A3C with and without an LSTM, A2C and PPO. ``examples/results/recall/right_answers.csv`` gets the share of right answers
 in 200 episodes with the most probable actions. Without a memory it can't be above chance, 0.5.
 """
 
@@ -95,7 +95,7 @@ def main() -> None:
             lines.append({"algo": algo, "seed": seed, "timesteps": model.num_timesteps, "right": right})
             print(lines[-1], flush=True)
     args.folder.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(lines).to_csv(args.folder / "evaluations.csv", index=False)
+    pd.DataFrame(lines).to_csv(args.folder / "right_answers.csv", index=False)
 
 
 if __name__ == "__main__":

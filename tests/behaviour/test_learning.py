@@ -68,7 +68,7 @@ def test_only_a_policy_with_memory_recalls_a_cue(tmp_path: Path) -> None:
     """The cue is further back than a rollout is long."""
     script = Path(__file__).parents[2] / "examples" / "results" / "recall.py"
     subprocess.run([sys.executable, str(script), "--seeds", "1", "--folder", str(tmp_path)], check=True, timeout=2400)
-    right = pd.read_csv(tmp_path / "evaluations.csv").set_index("algo")["right"]
+    right = pd.read_csv(tmp_path / "right_answers.csv").set_index("algo")["right"]
     assert right.pop("A3C, LSTM with forget_gate_bias=2") >= 0.98
     right.pop("A3C, LSTM")  # may learn it or not
     assert (right <= 0.6).all()
