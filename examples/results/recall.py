@@ -4,8 +4,8 @@ comes from the state that the LSTM carries from one rollout to the next; no grad
 
     python examples/results/recall.py [--timesteps 200000] [--seeds 1 2 3] [--delay 8] [--n-steps 5]
 
-Trains A3C with and without an LSTM, A2C and PPO. ``examples/results/recall/right_answers.csv`` gets the share of right answers
-in 200 episodes with the most probable actions. Without a memory it can't be above chance, 0.5.
+Trains A3C with and without an LSTM, A2C and PPO. ``examples/results/recall/right_answers.csv`` gets the share of right
+answers in 200 episodes with the most probable actions. Without a memory it can't be above chance, 0.5.
 """
 
 import argparse
