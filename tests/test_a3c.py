@@ -14,7 +14,6 @@ import pytest
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
@@ -275,34 +274,17 @@ def test_every_learn_starts_different_episodes_after_a_seed_was_set() -> None:
 
 
 def test_defaults_are_those_of_baby_a3c_except_for_learning_rate_and_entropy() -> None:
-    model = A3C("MlpPolicy", "CartPole-v1")
-    (group,) = model.policy.optimizer.param_groups
-    assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (3e-4, (0.9, 0.999), 1e-8, True)
+    eps_of: dict[str, float] = {}
+    for policy in ("MlpPolicy", "MlpLstmPolicy"):
+        model = A3C(policy, "CartPole-v1")
+        (group,) = model.policy.optimizer.param_groups
+        eps_of[policy] = group["eps"]
+        assert (group["lr"], group["betas"], group["fused"]) == (3e-4, (0.9, 0.999), True)
+    assert eps_of == {"MlpPolicy": 1e-8, "MlpLstmPolicy": 1e-3}  # whose losses are in units of the values' scale
     assert (model.n_steps, model.gamma, model.gae_lambda) == (20, 0.99, 1.0)
     assert (model.ent_coef, model.vf_coef, model.max_grad_norm) == (0.003, 0.5, 40.0)
     assert model.device == th.device("cpu")
     assert model.policy_kwargs == {}
-
-
-@pytest.mark.parametrize(
-    ("policy", "betas", "eps"),
-    [
-        ("MlpPolicy", (0.9, 0.999), 1e-8),
-        ("MlpLstmPolicy", (0.9, 0.999), 1e-3),  # whose losses are in units of the values' scale
-        ("CnnLstmPolicy", (0.9, 0.99), 1e-8),
-    ],
-)
-def test_adam_of_a_policy(policy: str, betas: tuple[float, float], eps: float) -> None:
-    env = FakeImageEnv(discrete=True) if policy == "CnnLstmPolicy" else "CartPole-v1"
-    (group,) = A3C(policy, env).policy.optimizer.param_groups
-    assert (group["betas"], group["eps"]) == (betas, eps)
-    options: dict[str, Any] = dict(betas=(0.5, 0.6), eps=0.7)
-    (group,) = A3C(policy, env, policy_kwargs=dict(optimizer_kwargs=options)).policy.optimizer.param_groups
-    assert (group["betas"], group["eps"]) == (options["betas"], options["eps"])
-    options = dict(optimizer_class=th.optim.Adam)
-    (group,) = A3C(policy, env, policy_kwargs=options).policy.optimizer.param_groups
-    assert (group["betas"], group["eps"]) == (betas, max(eps, 1e-5))  # 1e-5 is SB3's
-    assert "betas" not in A3C(policy, env, use_rms_prop=True).policy.optimizer.defaults
 
 
 def test_train_outside_learn() -> None:

@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--ent-coef", type=float, default=0.003)
     parser.add_argument("--max-grad-norm", type=float, default=40.0)
     parser.add_argument("--beta1", type=float, default=0.9, help="of Adam")
-    parser.add_argument("--beta2", type=float, default=0.99, help="of Adam")
+    parser.add_argument("--beta2", type=float, default=0.999, help="of Adam")
     parser.add_argument("--eps", type=float, default=1e-8, help="of Adam")
     parser.add_argument("--rms-prop", action="store_true", help="instead of Adam")
     parser.add_argument("--bfloat16", action="store_true", help="convolutions in lower precision")

@@ -69,7 +69,6 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
     #: Adam's ``eps`` with normalized values, with which losses do not grow with rewards. With a smaller one, gradients
     #: of noise only (Acrobot before its first success) move parameters as far as others do, until all actions are the same.
     default_adam_eps: float | None = 1e-3
-    default_adam_betas: tuple[float, float] = (0.9, 0.999)
 
     def __init__(
         self,
@@ -104,14 +103,9 @@ class LstmActorCriticPolicy(ActorCriticPolicy):
         if errors := impossible({**kwargs, **own}):
             raise ValueError(" ".join(errors))
         kwargs.setdefault("features_extractor_class", self.default_features_extractor_class)
-        if kwargs.get("optimizer_class", th.optim.Adam) is th.optim.Adam:
-            options = kwargs.get("optimizer_kwargs")
-            defaults: dict[str, Any] = {"betas": self.default_adam_betas}
-            if self.normalize_values and self.default_adam_eps is not None:
-                defaults["eps"] = self.default_adam_eps
-            elif options is None:
-                defaults["eps"] = 1e-5  # as in SB3's policies
-            kwargs["optimizer_kwargs"] = {**defaults, **(options or {})}
+        uses_adam = kwargs.get("optimizer_class", th.optim.Adam) is th.optim.Adam
+        if uses_adam and self.normalize_values and self.default_adam_eps is not None:
+            kwargs["optimizer_kwargs"] = {"eps": self.default_adam_eps, **(kwargs.get("optimizer_kwargs") or {})}
         net_arch = list(self.default_net_arch) if net_arch is None else net_arch
         super().__init__(observation_space, action_space, lr_schedule, net_arch, *args, **kwargs)
 
@@ -357,9 +351,6 @@ class LstmActorCriticCnnPolicy(LstmActorCriticPolicy):
     default_lstm_hidden_size = 256
     default_normalize_values = False
     default_adam_eps = None
-    #: Adam averages squared gradients over some 100 updates, as the paper's RMSprop does. Over 1000, the average would still
-    #: be that of a good policy's small gradients when large ones come: steps become too long, and the policy is lost (Pong).
-    default_adam_betas = (0.9, 0.99)
 
 
 class LstmMultiInputActorCriticPolicy(LstmActorCriticPolicy):
