@@ -65,8 +65,16 @@ def new_model(algo: str, env: VecEnv, n_steps: int, seed: int) -> BaseAlgorithm:
     if algo == "PPO":
         return PPO("MlpPolicy", env, seed=seed)
     policy, policy_kwargs = A3C_POLICIES[algo]
-    common: dict[str, Any] = dict(n_steps=n_steps, ent_coef=0.01, seed=seed, n_workers=2)
-    return A3C(policy, env, learning_rate=annealed, policy_kwargs=policy_kwargs, **common)
+    return A3C(
+        policy,
+        env,
+        learning_rate=annealed,
+        n_steps=n_steps,
+        ent_coef=0.01,
+        policy_kwargs=policy_kwargs,
+        seed=seed,
+        n_workers=2,
+    )
 
 
 def annealed(progress_remaining: float) -> float:
