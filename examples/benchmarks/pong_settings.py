@@ -39,6 +39,7 @@ SEARCHED = (
     "beta1",
     "beta2",
     "eps",
+    "amsgrad",
     "rms_prop",
     "bfloat16",
     "seed",
@@ -59,7 +60,9 @@ def new_model(settings: argparse.Namespace, env: VecEnv) -> A3C:
     if settings.bfloat16:
         policy_kwargs["features_extractor_kwargs"] = dict(dtype=th.bfloat16)
     if not settings.rms_prop:
-        policy_kwargs["optimizer_kwargs"] = dict(betas=(settings.beta1, settings.beta2), eps=settings.eps)
+        policy_kwargs["optimizer_kwargs"] = dict(
+            betas=(settings.beta1, settings.beta2), eps=settings.eps, amsgrad=settings.amsgrad
+        )
     return A3C(
         "CnnLstmPolicy",
         env,
@@ -114,6 +117,7 @@ def main() -> None:
     parser.add_argument("--beta1", type=float, default=0.9, help="of Adam")
     parser.add_argument("--beta2", type=float, default=0.999, help="of Adam")
     parser.add_argument("--eps", type=float, default=1e-8, help="of Adam")
+    parser.add_argument("--amsgrad", action="store_true", help="of Adam")
     parser.add_argument("--rms-prop", action="store_true", help="instead of Adam")
     parser.add_argument("--bfloat16", action="store_true", help="convolutions in lower precision")
     parser.add_argument("--timesteps", type=int, default=2_000_000)

@@ -63,6 +63,7 @@ def _closing(factory: Any) -> Iterator[Any]:
 OPTIMIZERS: list[Any] = [
     pytest.param(th.optim.Adam, {}, 0.0, id="Adam"),
     pytest.param(th.optim.Adam, {"fused": True}, 1e-7, id="Adam-fused"),
+    pytest.param(th.optim.Adam, {"amsgrad": True, "fused": True}, 1e-7, id="Adam-amsgrad-fused"),
     pytest.param(th.optim.Adam, {"amsgrad": True, "foreach": True}, 0.0, id="Adam-amsgrad-foreach"),
     pytest.param(th.optim.AdamW, {"weight_decay": 0.1}, 0.0, id="AdamW"),
     pytest.param(th.optim.RMSprop, {}, 0.0, id="RMSprop"),
