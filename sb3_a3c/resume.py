@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
@@ -19,17 +20,18 @@ from sb3_a3c.a3c import A3C
 from sb3_a3c.save_util import check_archive, read_statistics
 
 
-def newest_model(folder: Path, with_statistics: bool = False) -> Path | None:
+def newest_model(folder: Path, with_statistics: bool = False, model_class: type[BaseAlgorithm] = A3C) -> Path | None:
     """
     Find the model with the most timesteps among those that load. Print a line for each model that does not load.
 
     :param folder: folder of the run, with models in it or in folders below
     :param with_statistics: whether to skip models without statistics for ``VecNormalize``
+    :param model_class: the class that loads them
     :return: path of the model; None if there is none
     """
     for path in sorted(folder.glob("**/*.zip"), key=_timesteps, reverse=True):
         try:
-            A3C.load(path)
+            model_class.load(path)
             if with_statistics and not has_statistics(path):
                 raise _no_statistics(path)
         except Exception as error:  # of any type: damaged bytes can mean anything
@@ -64,7 +66,7 @@ def load_statistics(model: str | Path | io.BufferedIOBase, env: VecEnv) -> VecNo
 
 
 def _statistics(model: str | Path | io.BufferedIOBase) -> VecNormalize | None:
-    check_archive(model, own_argument="envs_per_update")
+    check_archive(model)
     statistics: VecNormalize | None = read_statistics(model)
     return statistics
 

@@ -126,10 +126,10 @@ def _find(path: str | Path | io.BufferedIOBase) -> Path | io.BufferedIOBase:
     return next((each for each in (Path(path), Path(f"{path}.zip")) if each.is_file()), Path(path))
 
 
-def check_archive(path: str | Path | io.BufferedIOBase, own_argument: str) -> None:
+def check_archive(path: str | Path | io.BufferedIOBase, own_argument: str | None = None) -> None:
     """
     Raise a ValueError if a file is not a saved model, is damaged, or is of another algorithm: one without the constructor
-    argument ``own_argument``. SB3 raises the error for a missing file.
+    argument ``own_argument`` (None: any algorithm). SB3 raises the error for a missing file.
     """
     advice = "Use another checkpoint, or the file that `save` has written."
     with contextlib.ExitStack() as stack:
@@ -151,5 +151,5 @@ def check_archive(path: str | Path | io.BufferedIOBase, own_argument: str) -> No
     if damaged is not None or missing:
         what = f"{damaged!r} in it is damaged" if damaged is not None else f"it has no {', '.join(missing)}"
         raise ValueError(f"{path} can't be loaded: {what}. {advice}")
-    if own_argument not in attributes:
+    if own_argument is not None and own_argument not in attributes:
         raise ValueError(f"{path} was saved by another algorithm. Load it with the class that saved it, such as A2C.load.")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import load_results
@@ -119,6 +120,14 @@ def test_other_damaged_models_are_skipped(run_folder: Path, normalized: VecEnv, 
     unfinished = checkpoint(run_folder, 80)  # as a killed save leaves it
     unfinished.rename(unfinished.with_name(f".{unfinished.name}.123.part"))
     assert newest_model(run_folder) == run_folder / "best_model.zip"
+
+
+def test_newest_model_of_another_class(run_folder: Path, normalized: VecEnv, capsys: pytest.CaptureFixture[str]) -> None:
+    other = run_folder / "a2c.zip"
+    A2C("MlpPolicy", normalized, n_steps=5).learn(200).save(other)
+    assert newest_model(run_folder) == checkpoint(run_folder, 120)
+    assert f"Skipping {other}" in capsys.readouterr().out
+    assert newest_model(run_folder, model_class=A2C) == other
 
 
 def test_models_without_statistics_are_skipped(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ RL Zoo trains (``sb3-a3c train``) with the settings of ``sb3_a3c/zoo/hyperparams
 RecurrentPPO; runs are in ``logs/results/``. ``examples/results/<environment>/`` gets the curve of each run (CSV), a picture
 of all curves, and two lines in ``evaluations.csv``: for sampled and for most probable actions (Atari: full games, unclipped
 rewards, no-op starts). Timesteps are decisions of the agent. Minutes in pictures are timesteps at the speed that
-``--speed`` has measured. Runs of A3C that are interrupted are resumed from the newest checkpoint; others begin again.
+``--speed`` has measured. Runs that are interrupted are resumed from the newest checkpoint. A2C, PPO and RecurrentPPO would
+train for 10M timesteps; they are also evaluated if ``--minutes`` stops them.
 """
 
 import argparse
@@ -103,10 +104,11 @@ class Run:
         """Train from where the run was interrupted, at most for so long. Ctrl-C, too, leaves a model to resume from."""
         command = [sys.executable, "-m", "sb3_a3c.zoo", "train", "--algo", self.row.algo, "--env", self.row.env_id]
         command += ["--seed", str(self.seed), "--log-folder", str(self.folder), "--tensorboard-log", str(self.folder / "tb")]
-        command += ["--save-freq", "250000", "--eval-freq", "-1", "--log-interval", "1" if n_timesteps == QUICK else "10"]
+        log_often = n_timesteps == QUICK or "ppo" in self.row.algo  # whose rollouts are 1,024 timesteps
+        command += ["--save-freq", "250000", "--eval-freq", "-1", "--log-interval", "1" if log_often else "10"]
         if n_timesteps is not None:
             command += ["--n-timesteps", str(n_timesteps)]
-        if self.row.algo == "a3c" and (checkpoint := newest_model(self.folder)) is not None:
+        if (checkpoint := newest_model(self.folder, model_class=ALGOS[self.row.algo])) is not None:
             command += ["--trained-agent", str(checkpoint)]
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "commit").write_text(_commit())
@@ -242,9 +244,10 @@ def reproduce(name: str, args: argparse.Namespace) -> None:
         curve = run.curve()
         curve.to_csv(folder / f"{row.algo}_seed{seed}.csv", index=False, float_format="%.6g")
         draw(folder)
-        if not run.is_trained and row.algo == "a3c":
+        if not run.is_trained:
             print(f"{name}, seed {seed}: not yet trained to the end. The same command goes on.")
-            continue
+            if row.algo == "a3c":
+                continue
         lines = run.evaluate(1 if args.quick else 20, curve["seconds"].max())
         update_csv(folder / "evaluations.csv", lines, ["algo", "seed", "actions"])
         print(pd.DataFrame(lines).to_string(index=False))

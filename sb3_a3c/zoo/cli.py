@@ -46,29 +46,28 @@ _DEFAULTS: dict[str, tuple[str, ...]] = {
 
 def register() -> None:
     """
-    Add A3C to RL Zoo in this process: to its algorithms, with a search space, and with
-    :class:`~sb3_a3c.zoo.experiment_manager.A3CExperiment` for training. Call it before RL Zoo parses arguments.
+    Add A3C to RL Zoo in this process: to its algorithms, with a search space and hyperparameters. For training, the other
+    algorithms get :class:`~sb3_a3c.zoo.experiment_manager.Experiment`, too. Call it before RL Zoo parses arguments.
 
     :raises ImportError: if RL Zoo is not installed
     """
     try:
         from rl_zoo3 import ALGOS, hyperparams_opt, train
-        from rl_zoo3.exp_manager import ExperimentManager
     except ImportError as error:
         raise ImportError(
             f"RL Zoo can't be imported ({error}). Install what it needs, in the checkout of sb3_a3c: "
             'pip install -c constraints.txt -e ".[zoo]"'
         ) from error
     from sb3_a3c.a3c import A3C
-    from sb3_a3c.zoo.experiment_manager import A3CExperiment
+    from sb3_a3c.zoo.experiment_manager import A3CExperiment, Experiment
     from sb3_a3c.zoo.hyperparams_opt import convert_a3c_params, sample_a3c_params
 
     ALGOS["a3c"] = A3C
     hyperparams_opt.HYPERPARAMS_SAMPLER["a3c"] = sample_a3c_params
     hyperparams_opt.HYPERPARAMS_CONVERTER["a3c"] = convert_a3c_params
 
-    def experiment(args: argparse.Namespace, algo: str, *others: Any, **kwargs: Any) -> ExperimentManager:
-        manager = A3CExperiment if algo == "a3c" else ExperimentManager
+    def experiment(args: argparse.Namespace, algo: str, *others: Any, **kwargs: Any) -> Experiment:
+        manager = A3CExperiment if algo == "a3c" else Experiment
         return manager(args, algo, *others, **kwargs)
 
     vars(train)["ExperimentManager"] = experiment

@@ -1,4 +1,4 @@
-"""RL Zoo's ``ExperimentManager``, adapted to A3C: its hyperparameters, ``-i``, saving after errors, and searches."""
+"""RL Zoo's ``ExperimentManager``, whose ``-i`` continues a run and which saves models after errors; and that of A3C."""
 
 import contextlib
 import os
@@ -25,26 +25,22 @@ from sb3_a3c.resume import carry_over_monitor_files, has_statistics, load_statis
 HYPERPARAMS = Path(__file__).parent / "hyperparams" / "a3c.yml"
 
 
-class A3CExperiment(ExperimentManager):
+class Experiment(ExperimentManager):
     """
-    RL Zoo's ``ExperimentManager``, with these differences:
+    RL Zoo's ``ExperimentManager``, for any algorithm, with these differences:
 
-    - ``--conf-file`` is by default :data:`HYPERPARAMS`.
     - ``-i`` continues the run that saved the model, with its timesteps, schedules, statistics for ``VecNormalize`` and
       monitor files, until ``-n`` timesteps *in total*.
     - If training raises, the model is saved. It is also saved if Ctrl-C ends the reader of the output (``| tee``).
-    - A trial that raises anything is pruned and does not end the search.
     - A run without a model, because its set-up raised or for a search, leaves no folder.
     - ``normalize: true`` leaves out observations that ``VecNormalize`` can't normalize, such as ``Discrete`` ones.
     - ``env_kwargs`` of the file also apply to the environments of evaluations.
 
     :param args: as for ``ExperimentManager``
-    :param config: path of the hyperparameters; None: :data:`HYPERPARAMS`
     :param kwargs: as for ``ExperimentManager``
     """
 
-    def __init__(self, *args: Any, config: str | None = None, **kwargs: Any) -> None:
-        kwargs["config"] = config or str(HYPERPARAMS)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._made_folder = False
 
@@ -91,17 +87,6 @@ class A3CExperiment(ExperimentManager):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             super().save_trained_model(model)
 
-    def objective(self, trial: optuna.Trial) -> float:
-        policy = self._hyperparams["policy"]
-        trial.set_user_attr("recurrent", issubclass(A3C.policy_aliases.get(policy, policy), LstmActorCriticPolicy))
-        try:
-            return super().objective(trial)
-        except optuna.TrialPruned:
-            raise
-        except Exception as error:
-            traceback.print_exc()
-            raise optuna.TrialPruned(f"{type(error).__name__}: {error}") from error
-
     def _check_model_can_continue(self) -> None:
         """
         :raises ValueError: if the model has no timesteps left to train, or no statistics for ``VecNormalize``
@@ -139,6 +124,30 @@ class A3CExperiment(ExperimentManager):
         model = Path(self.trained_agent)
         checkpoint = re.search(r"_\d+_steps$", model.stem)
         return model.parent / str(self.env_name) / f"vecnormalize{checkpoint[0] if checkpoint else ''}.pkl"
+
+
+class A3CExperiment(Experiment):
+    """
+    An :class:`Experiment` with A3C. Also, a trial that raises anything is pruned and does not end the search.
+
+    :param args: as for ``ExperimentManager``
+    :param config: path of the hyperparameters; None: :data:`HYPERPARAMS`
+    :param kwargs: as for ``ExperimentManager``
+    """
+
+    def __init__(self, *args: Any, config: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, config=config or str(HYPERPARAMS), **kwargs)
+
+    def objective(self, trial: optuna.Trial) -> float:
+        policy = self._hyperparams["policy"]
+        trial.set_user_attr("recurrent", issubclass(A3C.policy_aliases.get(policy, policy), LstmActorCriticPolicy))
+        try:
+            return super().objective(trial)
+        except optuna.TrialPruned:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            raise optuna.TrialPruned(f"{type(error).__name__}: {error}") from error
 
 
 class _Trained:

@@ -28,7 +28,7 @@ from stable_baselines3.common.monitor import load_results
 import sb3_a3c
 from sb3_a3c import A3C
 from sb3_a3c.zoo import cli as zoo
-from sb3_a3c.zoo.experiment_manager import A3CExperiment
+from sb3_a3c.zoo.experiment_manager import A3CExperiment, Experiment
 
 CHECKOUT = Path(__file__).parents[2]
 CARTPOLE = ["--env", "CartPole-v1"]
@@ -375,7 +375,7 @@ def test_register(tmp_path: Path) -> None:
     assert ALGOS["a3c"] is A3C
     make: Any = vars(train_module)["ExperimentManager"]
     assert type(make(None, "a3c", "CartPole-v1", str(tmp_path))) is A3CExperiment
-    assert type(make(None, "a2c", "CartPole-v1", str(tmp_path))) is ExperimentManager
+    assert type(make(None, "a2c", "CartPole-v1", str(tmp_path))) is Experiment
 
 
 INSTALL = r"Install what it needs, in the checkout of sb3_a3c: pip install -c constraints\.txt -e \"\.\[zoo\]\"$"

@@ -19,6 +19,7 @@ from rl_zoo3 import ALGOS
 from rl_zoo3 import train as train_module
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
+from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import load_results
@@ -27,7 +28,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_a3c import A3C, MlpLstmPolicy, MlpPolicy
 from sb3_a3c.actor_learner import actor_learner
 from sb3_a3c.resume import load_statistics
-from sb3_a3c.zoo.experiment_manager import HYPERPARAMS, A3CExperiment
+from sb3_a3c.zoo.experiment_manager import HYPERPARAMS, A3CExperiment, Experiment
 from sb3_a3c.zoo.hyperparams_opt import sample_a3c_params
 
 N_ENVS, N_STEPS = 2, 8
@@ -107,10 +108,10 @@ def test_a_trial_knows_whether_its_policy_is_recurrent(
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-class Recording(A3CExperiment):
+class RecordingOther(Experiment):
     """Keeps the model before and after training."""
 
-    created: list["Recording"]
+    created: list["RecordingOther"]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -123,18 +124,22 @@ class Recording(A3CExperiment):
         self.model = model
 
 
+class Recording(RecordingOther, A3CExperiment):
+    """The same of A3C."""
+
+
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """RL Zoo's train, in this process."""
 
-    def run(*options: str, manager: type[Recording] = Recording, settings: Sequence[str] = SETTINGS) -> Recording:
-        Recording.created = []
+    def run(*options: str, manager: type[RecordingOther] = Recording, settings: Sequence[str] = SETTINGS) -> RecordingOther:
+        RecordingOther.created = []
         monkeypatch.setitem(ALGOS, "a3c", A3C)
         monkeypatch.setitem(HYPERPARAMS_SAMPLER, "a3c", sample_a3c_params)
         monkeypatch.setattr(train_module, "ExperimentManager", manager)
         monkeypatch.setattr(sys, "argv", ["train", "-f", str(tmp_path), *options, *settings])
         train_module.train()
-        (created,) = Recording.created
+        (created,) = RecordingOther.created
         return created
 
     return run
@@ -210,6 +215,33 @@ def test_a_run_continues(train: Any, folder: Path, continued: Path, monkeypatch:
     own = ["0.monitor.csv", "1.monitor.csv", "CartPole-v1", "CartPole-v1.zip"]
     copies = [name for name in names(continued) if name not in own]
     assert [re.sub(r"^\d{10}\.", "", name) for name in copies] == own[:2]
+
+
+def test_a_run_of_another_algorithm_continues(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PPO: its timesteps, schedule, optimizer's state, statistics and episodes, as for A3C."""
+    rates: list[float] = []
+    original = PPO._update_learning_rate
+
+    def update_learning_rate(self: PPO, optimizers: Any) -> None:
+        rates.append(self.lr_schedule(self._current_progress_remaining))
+        original(self, optimizers)
+
+    monkeypatch.setattr(PPO, "_update_learning_rate", update_learning_rate)
+    settings = ["--algo", "ppo", *SETTINGS[2:], "batch_size:8", "n_epochs:1"]
+    settings.remove("n_workers:0")
+    train("-n", str(FIRST), settings=settings, manager=RecordingOther)
+    first, second = (tmp_path / "ppo" / f"CartPole-v1_{number}" for number in (1, 2))
+    rates.clear()
+
+    again = train("-n", str(TOTAL), "-i", str(first / "CartPole-v1.zip"), settings=settings, manager=RecordingOther)
+    assert again.n_timesteps_before == FIRST
+    assert PPO.load(second / "CartPole-v1.zip").num_timesteps == TOTAL
+    each = N_ENVS * N_STEPS
+    assert rates == pytest.approx([0.001 * (1 - done / TOTAL) for done in range(FIRST + each, TOTAL + 1, each)])
+    n_updates = {int(entry["step"]) for entry in again.optimizer_before["state"].values()}
+    assert n_updates == {FIRST // 8}
+    assert statistics(second).ret_rms.count - statistics(first).ret_rms.count == pytest.approx(TOTAL - FIRST)
+    check_episodes(first, second)
 
 
 def test_a_run_continues_from_within_its_folder(
