@@ -33,8 +33,10 @@ SEARCHED = (
     "learning_rate",
     "anneal",
     "warm_up",
+    "gamma",
     "gae_lambda",
     "ent_coef",
+    "vf_coef",
     "max_grad_norm",
     "beta1",
     "beta2",
@@ -69,8 +71,10 @@ def new_model(settings: argparse.Namespace, env: VecEnv) -> A3C:
         learning_rate=learning_rate if settings.learning_rate or settings.anneal or settings.warm_up else None,
         n_workers=settings.n_workers,
         n_steps=settings.n_steps,
+        gamma=settings.gamma,
         gae_lambda=settings.gae_lambda,
         ent_coef=settings.ent_coef,
+        vf_coef=settings.vf_coef,
         max_grad_norm=settings.max_grad_norm,
         envs_per_update=settings.envs_per_update,
         use_rms_prop=settings.rms_prop,
@@ -111,8 +115,10 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--anneal", action="store_true", help="let the learning rate fall linearly to 0")
     parser.add_argument("--warm-up", type=int, default=0, help="timesteps over which the learning rate rises")
+    parser.add_argument("--gamma", type=float, default=0.99)
     parser.add_argument("--gae-lambda", type=float, default=1.0)
     parser.add_argument("--ent-coef", type=float, default=0.003)
+    parser.add_argument("--vf-coef", type=float, default=0.5)
     parser.add_argument("--max-grad-norm", type=float, default=40.0)
     parser.add_argument("--beta1", type=float, default=0.9, help="of Adam")
     parser.add_argument("--beta2", type=float, default=0.999, help="of Adam")
