@@ -19,7 +19,7 @@ import torch as th
 from measuring import Clock
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
 from sb3_a3c import A3C
 from sb3_a3c.atari import make_ale_vec_env
@@ -28,6 +28,7 @@ ENV = "PongNoFrameskip-v4"
 SEARCHED = (
     "n_workers",
     "n_envs",
+    "frame_stack",
     "n_steps",
     "envs_per_update",
     "learning_rate",
@@ -44,6 +45,7 @@ SEARCHED = (
     "amsgrad",
     "rms_prop",
     "bfloat16",
+    "filter_scale",
     "seed",
 )
 
@@ -65,7 +67,7 @@ def new_model(settings: argparse.Namespace, env: VecEnv) -> A3C:
         policy_kwargs["optimizer_kwargs"] = dict(
             betas=(settings.beta1, settings.beta2), eps=settings.eps, amsgrad=settings.amsgrad
         )
-    return A3C(
+    model = A3C(
         "CnnLstmPolicy",
         env,
         learning_rate=learning_rate if settings.learning_rate or settings.anneal or settings.warm_up else None,
@@ -81,12 +83,21 @@ def new_model(settings: argparse.Namespace, env: VecEnv) -> A3C:
         policy_kwargs=policy_kwargs,
         seed=settings.seed,
     )
+    with th.no_grad():
+        next(model.policy.features_extractor.parameters()).mul_(settings.filter_scale)  # of the first layer
+    return model
+
+
+def new_env(settings: argparse.Namespace, **kwargs: Any) -> VecEnv:
+    """With as many frames in each observation as the settings say."""
+    env: VecEnv = make_ale_vec_env(ENV, settings.n_envs, settings.seed, **kwargs)
+    return VecFrameStack(env, settings.frame_stack) if settings.frame_stack > 1 else env
 
 
 def train(settings: argparse.Namespace, folder: Path) -> None:
     """Train, and leave everything in the folder."""
     monitor_kwargs = {"override_existing": not settings.resume}
-    env = make_ale_vec_env(ENV, settings.n_envs, settings.seed, monitor_dir=str(folder), monitor_kwargs=monitor_kwargs)
+    env = new_env(settings, monitor_dir=str(folder), monitor_kwargs=monitor_kwargs)
     if settings.resume:
         model = A3C.load(folder / "model", env)
         model.set_random_seed(settings.seed + model.num_timesteps)  # not the episodes of the beginning again
@@ -110,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n-workers", type=int, help="default: one for each core")
     parser.add_argument("--n-envs", type=int, default=16)
+    parser.add_argument("--frame-stack", type=int, default=1, help="frames in each observation")
     parser.add_argument("--n-steps", type=int, default=20)
     parser.add_argument("--envs-per-update", type=int, default=4)
     parser.add_argument("--learning-rate", type=float)
@@ -126,6 +138,7 @@ def main() -> None:
     parser.add_argument("--amsgrad", action="store_true", help="of Adam")
     parser.add_argument("--rms-prop", action="store_true", help="instead of Adam")
     parser.add_argument("--bfloat16", action="store_true", help="convolutions in lower precision")
+    parser.add_argument("--filter-scale", type=float, default=1.0, help="of the initial weights of the first convolution")
     parser.add_argument("--timesteps", type=int, default=2_000_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--start-from", help="a model, for its parameters and optimizer state")
@@ -138,7 +151,7 @@ def main() -> None:
         name += f"_from_{Path(settings.start_from).stem}"
     if settings.seconds:
         clock = Clock(settings.seconds)
-        new_model(settings, make_ale_vec_env(ENV, settings.n_envs, settings.seed)).learn(10**9, clock)
+        new_model(settings, new_env(settings)).learn(10**9, clock)
         print(f"{name}: {clock.steps_per_second:.0f} steps/s")
     else:
         train(settings, Path("logs/pong_settings") / name)
