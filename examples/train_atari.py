@@ -88,7 +88,7 @@ def train(args: argparse.Namespace, folder: Path) -> None:
         model = A3C.load(start, env, **settings)
     else:
         policy_kwargs = {"features_extractor_kwargs": {"dtype": th.bfloat16}} if args.bfloat16 else None
-        model = A3C("CnnLstmPolicy", env, policy_kwargs=policy_kwargs, **settings)
+        model = A3C("CnnLstmPolicy", env, anneal=True, policy_kwargs=policy_kwargs, **settings)
     # callbacks are called once every n_envs timesteps
     save_freq = max(args.save_freq // args.n_envs, 1)
     checkpoints = CheckpointCallback(save_freq, str(folder / "checkpoints"), "a3c")
@@ -138,7 +138,12 @@ def main() -> None:
     parser.add_argument("--env", default="PongNoFrameskip-v4", help="id of an Atari environment without frame skip")
     parser.add_argument("--n-envs", type=int, default=16, help="number of environments")
     parser.add_argument("--n-workers", type=int, default=None, help="worker processes (default: one for each core)")
-    parser.add_argument("--timesteps", type=int, default=10_000_000, help="in total, including those before --resume")
+    parser.add_argument(
+        "--timesteps",
+        type=int,
+        default=10_000_000,
+        help="in total, including those before --resume; the learning rate falls to 0 over the second half",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of environments, weights and actions")
     parser.add_argument("--save-freq", type=int, default=100_000, help="timesteps between two checkpoints")
     parser.add_argument("--eval-freq", type=int, default=250_000, help="timesteps between two evaluations")

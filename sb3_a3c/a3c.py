@@ -49,7 +49,7 @@ from sb3_a3c.version import __version__
 from sb3_a3c.workers.assignment import Assignment
 from sb3_a3c.workers.callback_locals import can_see_observations, install
 from sb3_a3c.workers.collector import HogwildCollector, MakeWorkers
-from sb3_a3c.workers.learning_rate import DefaultLearningRate
+from sb3_a3c.workers.learning_rate import DefaultLearningRate, annealing
 from sb3_a3c.workers.worker_processes import workers_here
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
@@ -102,6 +102,8 @@ class A3C(OnPolicyAlgorithm):
         process, for debugging
     :param envs_per_update: Number of environments in each chunk of a rollout; every chunk makes one update of the shared
         parameters. Small chunks make more updates, large chunks take less time per step
+    :param anneal: Whether the learning rate falls to 0, linearly over the second half of the timesteps of ``learn`` (in the
+        paper over all of them). At a constant rate, a good policy may be lost again
     :param take_turns: Whether workers pull, act and push one after another, in a fixed order. This is slow, but makes runs
         with the same seed and several workers identical to the bit (without ``VecNormalize``, whose statistics arrive at
         other workers at no fixed time)
@@ -155,6 +157,7 @@ class A3C(OnPolicyAlgorithm):
         *,
         n_workers: int | None = None,
         envs_per_update: int = 4,
+        anneal: bool = False,
         take_turns: bool = False,
         start_method: str | None = None,
         max_worker_restarts: int = 10,
@@ -171,6 +174,7 @@ class A3C(OnPolicyAlgorithm):
         self.normalize_advantage = normalize_advantage
         self.n_workers = n_workers
         self.envs_per_update = envs_per_update
+        self.anneal = anneal
         self.take_turns = take_turns
         self.start_method = start_method
         self.max_worker_restarts = max_worker_restarts
@@ -238,6 +242,10 @@ class A3C(OnPolicyAlgorithm):
         if not callable(self.learning_rate):
             self.learning_rate = float(self.learning_rate)  # SB3 does not take numpy's float32
         super()._setup_lr_schedule()
+
+    def _rate_at(self, progress_remaining: float) -> float:
+        rate = check_rate("lr_schedule", self.lr_schedule, progress_remaining)
+        return rate * annealing(progress_remaining) if self.anneal else rate
 
     def _hyperparams(self) -> Hyperparams:
         # to look for the parameters in all modules at each step would take longer than the rest of it
@@ -365,7 +373,7 @@ class A3C(OnPolicyAlgorithm):
             self.policy,
             steps_before=self.num_timesteps,
             total_steps=self._total_timesteps,
-            learning_rate=lambda progress: check_rate("lr_schedule", self.lr_schedule, progress),
+            learning_rate=self._rate_at,
             make_workers=make_workers,
             max_restarts=self.max_worker_restarts,
         )

@@ -60,8 +60,9 @@ def check_arguments(values: Mapping[str, Any]) -> None:
     if values.get("learning_rate") is not None:
         check_rate("learning_rate", values["learning_rate"], 1.0)
     check_rate("lr_schedule", values.get("lr_schedule", float), 1.0)
-    if not isinstance(take_turns := values.get("take_turns", False), bool | np.bool_):
-        raise ValueError(f"`take_turns` must be True or False, not {take_turns!r}.")
+    for name in ("anneal", "take_turns"):
+        if not isinstance(value := values.get(name, False), bool | np.bool_):
+            raise ValueError(f"`{name}` must be True or False, not {value!r}.")
     if (start_method := values.get("start_method")) not in (None, "forkserver", "spawn"):
         raise ValueError(
             f"`start_method` must be None, 'forkserver' or 'spawn', not {start_method!r} "

@@ -65,6 +65,7 @@ CHANGEABLE: list[Any] = [
     ("ent_coef", -0.1, "`ent_coef` must be a number between 0 and inf, not -0.1"),
     ("vf_coef", None, "`vf_coef` must be a number"),
     ("max_grad_norm", "40", "`max_grad_norm` must be a number between 0 and inf, not '40'"),
+    ("anneal", 0.5, "`anneal` must be True or False, not 0.5"),
     ("take_turns", "no", "`take_turns` must be True or False, not 'no'"),
     ("start_method", "fork", "`start_method` must be None, 'forkserver' or 'spawn', not 'fork'"),
     ("max_worker_restarts", -1, "`max_worker_restarts` must be an integer and at least 0"),

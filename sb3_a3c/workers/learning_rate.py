@@ -1,4 +1,4 @@
-"""The learning rate of ``A3C(learning_rate=None)``."""
+"""The learning rate of ``A3C(learning_rate=None)``, and the factor of ``A3C(anneal=True)``."""
 
 import math
 
@@ -29,3 +29,8 @@ class DefaultLearningRate:
             f"The learning rate is {rate:.3g} and not {FULL_RATE:.3g}, because {self.n_updates} updates begin from about "
             "the same parameters."
         )
+
+
+def annealing(progress_remaining: float) -> float:
+    """What ``anneal=True`` multiplies the learning rate by: 1 over the first half of the timesteps, then down to 0."""
+    return min(1.0, 2.0 * progress_remaining)

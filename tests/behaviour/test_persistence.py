@@ -173,7 +173,7 @@ def test_checkpoint_contains_neither_workers_nor_environments(n_workers: int, tm
     names, data = read_zip(tmp_path / "a3c.zip")
     names_in_a2c, data_in_a2c = read_zip(tmp_path / "a2c.zip")
     assert names == names_in_a2c | {"_sb3_a3c_version"}
-    own = {"n_workers", "envs_per_update", "take_turns", "start_method", "max_worker_restarts", "worker_timeout"}
+    own = {"n_workers", "envs_per_update", "anneal", "take_turns", "start_method", "max_worker_restarts", "worker_timeout"}
     own |= {"use_rms_prop", "rms_prop_eps"}
     assert data.keys() - data_in_a2c.keys() == own | {"_n_updates_at_start"}
     assert data_in_a2c.keys() <= data.keys() | {"rollout_buffer_class", "rollout_buffer_kwargs"}

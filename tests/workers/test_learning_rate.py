@@ -1,13 +1,15 @@
-"""The learning rate of A3C(learning_rate=None)."""
+"""The learning rate of A3C(learning_rate=None), and with anneal=True."""
 
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_a3c import A3C
+from sb3_a3c.workers.learning_rate import annealing
 
 SAID = "The learning rate is {:.3g} and not 0.0003, because {} updates begin from about the same parameters."
 
@@ -58,3 +60,28 @@ def test_a_schedule_that_replaces_the_default_is_used() -> None:
     model = A3C("MlpPolicy", make_vec_env("CartPole-v1", 16), n_workers=0, envs_per_update=1)
     model.lr_schedule = lambda progress: 1e-3
     assert rate_of(model) == 1e-3
+
+
+def test_annealing_begins_in_the_middle() -> None:
+    assert [annealing(progress) for progress in (1.0, 0.75, 0.5, 0.25, 0.0)] == [1.0, 1.0, 1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("rate", [1e-3, lambda progress: 1e-3 * progress, None])
+def test_anneal_multiplies_the_learning_rate(rate: Any) -> None:
+    """Trained in two calls of ``learn``, whose progress is that of all timesteps."""
+    full = rate if callable(rate) else lambda progress: rate or 3e-4
+    weights = []
+    for settings in (dict(learning_rate=rate, anneal=True), dict(learning_rate=lambda p: full(p) * min(1.0, 2 * p))):
+        model = A3C("MlpPolicy", "CartPole-v1", n_workers=1, n_steps=5, seed=0, **settings)
+        model.learn(200).learn(100, reset_num_timesteps=False)
+        weights.append(th.nn.utils.parameters_to_vector(model.policy.parameters()))
+    assert th.equal(*weights)
+    constant = A3C("MlpPolicy", "CartPole-v1", n_workers=1, n_steps=5, seed=0, learning_rate=rate)
+    constant.learn(200).learn(100, reset_num_timesteps=False)
+    assert not th.equal(th.nn.utils.parameters_to_vector(constant.policy.parameters()), weights[0])
+
+
+def test_anneal_is_saved_with_the_model(tmp_path: Path) -> None:
+    A3C("MlpPolicy", "CartPole-v1", anneal=True).save(tmp_path / "model")
+    assert A3C.load(tmp_path / "model").anneal
+    assert not A3C.load(tmp_path / "model", anneal=False).anneal
