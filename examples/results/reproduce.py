@@ -40,8 +40,6 @@ RESULTS = Path(__file__).parent
 FULL_GAMES = {"terminal_on_life_loss": False, "clip_reward": False}
 #: Timesteps of ``--quick``.
 QUICK = 2_000
-#: Names in pictures, of algorithms that RL Zoo calls otherwise.
-NAMES = {"ppo_lstm": "RecurrentPPO"}
 #: A pause between two lines of the log that is longer than this is one between two stages of a run.
 LONGEST_INTERVAL = 300.0
 
@@ -211,18 +209,17 @@ def draw(folder: Path) -> None:
             curves.setdefault(path.stem.rpartition("_seed")[0], []).append(curve)
     per_million, per_minute = dict.fromkeys(curves, 1e6), {algo: 60 * speed for algo, speed in speeds.items()}
     units = {"million timesteps": per_million, "minutes on two cores": per_minute}
-    for axis, (x_label, unit_of) in zip(axes, units.items(), strict=True):
+    for axis, (label, unit_of) in zip(axes, units.items(), strict=True):
         for algo, seeds in curves.items():
             if (unit := unit_of.get(algo)) is None:
                 continue
             # at the same timesteps for all seeds, as far as the shortest run goes
             grid = pd.Index(np.linspace(0, min(seed["timesteps"].max() for seed in seeds), 300))
             returns = pd.concat([_at(seed, grid) for seed in seeds], axis=1)
-            n_seeds = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-            label = f"{NAMES.get(algo, algo.upper())}, {n_seeds}"
-            (line,) = axis.plot(grid / unit, returns.mean(axis=1), label=label)
+            name = f"{ALGOS[algo].__name__}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+            (line,) = axis.plot(grid / unit, returns.mean(axis=1), label=name)
             axis.fill_between(grid / unit, returns.min(axis=1), returns.max(axis=1), color=line.get_color(), alpha=0.2)
-        axis.set_xlabel(x_label)
+        axis.set_xlabel(label)
     if (path := folder / "baby-a3c.csv").exists():
         right = axes[0].get_xlim()[1]
         curve = pd.read_csv(path)
