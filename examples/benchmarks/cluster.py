@@ -144,9 +144,9 @@ def expected_staleness(n_hosts: int, measured: dict[str, float], bandwidth: floa
     Updates by the other hosts from the answer with which a host begins to make steps, until the end of the next exchange.
 
     :param measured: by :func:`measure`, without a network
-    :param bandwidth: in bits per second, of a network over which the policy is sent there and back
+    :param bandwidth: in bits per second, of a network over which the policy is sent there and back, in bfloat16
     """
-    exchange = measured["exchange, ms"] / 1000 + 2 * 32 * measured["parameters"] / bandwidth
+    exchange = measured["exchange, ms"] / 1000 + 2 * 16 * measured["parameters"] / bandwidth
     pause = max(EXCHANGE_SECONDS, EXCHANGE_RATIO * exchange)
     return (n_hosts - 1) * measured["updates/s"] / n_hosts * (exchange + pause + exchange)
 

@@ -4,8 +4,8 @@ What an exchange of parameters with hosts takes when nothing is learned meanwhil
     python examples/benchmarks/exchange.py [--seconds 10]
 
 Every host says that it has made an update, and exchanges the policy, as often as in training; the broker's part is done
-here. With one host the policy is sent to the center only; with three, in both directions. Medians; every measurement is
-a process of its own. Leave the machine alone meanwhile.
+here. With one host the policy is sent to the center only; with three, in both directions, in bfloat16. Medians; every
+measurement is a process of its own. Leave the machine alone meanwhile.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from measuring import MLP_SIZES, in_a_process_of_its_own, machine, ray_nodes
 
@@ -43,6 +44,7 @@ class CountingHost(Host):
 
 def exchange(n_hosts: int, size: int, seconds: float) -> tuple[int, float]:
     """The number of parameters, and the median seconds of one exchange."""
+    th.set_num_threads(1)  # as the broker does
     with ray_nodes(n_hosts, n_cpus=1) as address:
         space = spaces.Box(-1, 1, (4,), np.float32)
         policy = MlpPolicy(space, spaces.Discrete(2), lambda _: 1e-4, net_arch=[size, size])

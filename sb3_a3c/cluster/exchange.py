@@ -4,18 +4,21 @@ How the hosts of a training share what they learn, whatever carries their messag
 The workers of each host push to its own store, without a lock and without waiting. Every few hundredths of a second the host
 and the center exchange values (parameters and module buffers)::
 
-    center                          host
-    answer  ── values, if another ─►  exchange: store += values - known
-               host has changed them            known  = values
-    merge   ◄─ values, if workers ──            known  = store
-               have pushed
-    store += values - known
-    known  = values
+    center                                      host
+    answer: difference = store - known
+            known += difference
+             ── difference, if another host ─►  exchange: store += difference, known += difference
+                has changed the values
+                                                          difference = store - known
+                                                          known += difference
+             ◄─ difference, if workers ───────
+                have pushed
+    merge: store += difference, known += difference
 
-``known`` is the last message's values, of whichever direction, so both ends agree on it, and ``values - known`` is what the
-sender has and the receiver lacks: every step reaches every host once. If no other host has changed the center since,
-``values`` replace the center's: a host that is alone stays exact to the bit. Otherwise each addition rounds; the sender of
-the next message includes the error, so it does not make the stores drift apart.
+``known`` is the sum of all messages, of both directions, so both ends agree on it, and ``store - known`` is what the sender
+has and the receiver lacks: every step reaches every host once. Differences travel in bfloat16, which halves the messages.
+What rounding leaves over, here and in the additions, is in the sender's next difference, so it does not make the stores
+drift apart. A host that has all workers sends its values instead, as they are: it is exact to the bit.
 
 Both ends take part in one exchange at a time. If a message is lost, they no longer agree on ``known``: the center must
 :meth:`~Center.leave` the host, which loses the steps since its last merged message. To come back it is opened anew.
@@ -36,8 +39,9 @@ class Answer:
     """From the center to a host."""
 
     rows: Rows  #: counters of all workers
-    values: Bytes | None  #: None if no other host has changed them
-    state: Bytes | None  #: the optimizer's, at the start and after a load: then both replace what the host has
+    difference: Bytes | None  #: of the values, if another host has changed them
+    values: Bytes | None  #: at the start and after a load: then they and the state replace what the host has
+    state: Bytes | None  #: the optimizer's
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Contribution:
     """From a host to the center."""
 
     rows: Rows  #: counters of the host's workers
-    values: Bytes | None  #: None if no worker has pushed; they include every push that ``rows`` count
+    difference: Bytes | None  #: of the values, if workers have pushed; it includes every push that ``rows`` count
+    values: Bytes | None  #: instead of the difference, from a host that has all workers
     state: Bytes | None  #: the optimizer's, if it was asked for
 
 
@@ -69,27 +74,28 @@ class HostEnd:
     def exchange(self, answer: Answer, with_state: bool = False) -> Contribution:
         """Take in what other hosts have learned; return what this one has learned since its last contribution."""
         self._receive(answer)
-        # in this order: pushes are counted once they are done, so `values` include all that `rows` count
+        # in this order: pushes are counted once they are done, so what is sent includes all that `rows` count
         rows, n_updates = self._store.rows(self._workers), self._store.updates(self._workers)
-        values = None
+        difference = values = None
         if n_updates != self._n_sent:
-            values = self._known = self._store.values(self._known)
+            if self._others:
+                difference = self._store.difference(self._known)
+            else:
+                values = self._known = self._store.values(self._known)
             self._n_sent = n_updates
-        return Contribution(rows, values, self._store.state() if with_state else None)
+        return Contribution(rows, difference, values, self._store.state() if with_state else None)
 
     def _receive(self, answer: Answer) -> None:
-        if answer.state is not None:
+        if answer.values is not None:
             self._known = self._replace(answer)
-        elif answer.values is not None:
-            values = _writable(answer.values)
-            self._store.add(values, self._known)
-            self._known = values
+        elif answer.difference is not None:
+            self._store.add(_writable(answer.difference), self._known)
         self._store.set_rows(self._others, answer.rows[self._others])  # last, so that no staleness is underestimated
 
     def _replace(self, answer: Answer) -> Bytes:
         """Begin with the center's values and optimizer state. What the host has not contributed is dropped."""
         assert answer.values is not None and answer.state is not None
-        values = _writable(answer.values)
+        values = answer.values.copy()  # differences are added to them
         self._store.set_values(values)
         self._store.set_state(_writable(answer.state))
         return values
@@ -102,8 +108,8 @@ class _Host:
         self.workers = list(workers)
         self.n_updates_before = n_updates  # by these workers, when the host was opened
         self.must_begin_anew = True  # with the next answer; until then what it sends is dropped
-        self.known: Bytes  # values of the last message, of either direction
-        self.version = -1  # of the center's values that the host has
+        self.known: Bytes  # sum of all messages, of both directions
+        self.version = -1  # of the center's values that the host has, but for rounding
         self.n_others_seen = [0, 0]  # updates by other hosts, up to the answer before the last one, and up to this one
         self.state_before: Bytes  # of the optimizer, when it was last merged
         self.state: Bytes | None = None  # received last
@@ -137,15 +143,16 @@ class Center:
     def answer(self, number: int) -> Answer:
         """What the host is to be sent now; the first one opens its :class:`HostEnd`."""
         host = self._hosts[number]
-        rows, values, state = self._store.rows(self._all_workers), None, None
+        rows, difference, values, state = self._store.rows(self._all_workers), None, None, None
         host.n_others_seen = [host.n_others_seen[1], self._n_others(host)]
-        if host.must_begin_anew or host.version != self._version:
-            values = host.known = self._store.values()
-            host.version = self._version
         if host.must_begin_anew:
-            state = host.state_before = self._store.state()
+            values, state = self._store.values(), self._store.state()
+            host.known, host.state_before = values.copy(), state
             host.must_begin_anew = False
-        return Answer(rows, values, state)
+        elif host.version != self._version:
+            difference = self._store.difference(host.known)
+        host.version = self._version
+        return Answer(rows, difference, values, state)
 
     def merge(self, number: int, contribution: Contribution) -> int | None:
         """
@@ -159,8 +166,8 @@ class Center:
             return None
         staleness = None
         if not host.must_begin_anew:
-            if contribution.values is not None:
-                self._merge_values(host, _writable(contribution.values))
+            if contribution.difference is not None or contribution.values is not None:
+                self._merge_values(host, contribution)
                 staleness = self._n_others(host) - host.n_others_seen[0]
             if contribution.state is not None:
                 host.state = _writable(contribution.state)
@@ -195,14 +202,14 @@ class Center:
         """Updates by other hosts."""
         return self._store.n_updates - self._store.updates(host.workers)
 
-    def _merge_values(self, host: _Host, values: Bytes) -> None:
+    def _merge_values(self, host: _Host, contribution: Contribution) -> None:
+        if contribution.values is not None:  # from a host that has all workers: there is no other
+            self._store.set_values(_writable(contribution.values))
+        elif contribution.difference is not None:
+            self._store.add(_writable(contribution.difference), host.known)
         if host.version == self._version:
-            self._store.set_values(values)
             host.version += 1  # the host has these values
-        else:
-            self._store.add(values, host.known)
         self._version += 1
-        host.known = values
 
 
 def _writable(received: Bytes) -> Bytes:

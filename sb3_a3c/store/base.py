@@ -112,8 +112,14 @@ class MergeableStore(ParameterStore, Protocol):
     def set_values(self, values: Bytes) -> None:
         """Replace the values."""
 
-    def add(self, values: Bytes, known: Bytes) -> None:
-        """Add ``values - known`` to the parameters, and take over the module buffers that differ between the two."""
+    def difference(self, known: Bytes) -> Bytes:
+        """
+        What another store lacks: the values less ``known``, for parameters rounded to bfloat16, and 0 where they are NaN or
+        infinite. It is added to ``known``, so that the next difference includes what rounding has left over.
+        """
+
+    def add(self, difference: Bytes, known: Bytes) -> None:
+        """Add a difference to the values, and to ``known``. Module buffers that it changes are replaced."""
 
     def state(self) -> Bytes:
         """A copy of the optimizer's state."""

@@ -4,8 +4,10 @@ What lies where in the one flat buffer that a store and its replicas share, so t
     parameters │ module buffers │ counters │ optimizer state
     ◄─ a pull ─►                │ one row
      is one copy                │ a worker
-    ◄─ the values that hosts ───►           ◄─ merged for ───►
-        send to each other                     a save
+    ◄─ the values, which ───────►           ◄─ merged for ───►
+       hosts exchange                          a save
+
+Hosts send each other what their values differ by, with parameters in bfloat16: half as many bytes, and the same range.
 
 Every tensor has the strides of the parameter it belongs to. torch's fused CPU optimizers take parameter, gradient and
 moments for the same order in memory without looking, and a convolution in ``channels_last`` never learns if they differ.
@@ -15,7 +17,7 @@ import enum
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,10 +48,27 @@ class Slot:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def aligned_bytes(self) -> int:
+        """Until the next slot."""
+        return -(-self.n_bytes // _ALIGNMENT) * _ALIGNMENT
+
     def view(self, flat: th.Tensor, start: int = 0) -> th.Tensor:
         """The tensor; ``flat`` is the buffer from byte ``start`` on."""
-        n_bytes = math.prod(self.shape) * self.dtype.itemsize
-        return flat[self.offset - start : self.offset - start + n_bytes].view(self.dtype).as_strided(self.shape, self.stride)
+        begin = self.offset - start
+        return flat[begin : begin + self.n_bytes].view(self.dtype).as_strided(self.shape, self.stride)
+
+
+class Difference(NamedTuple):
+    """Where a tensor lies among the values, and its difference in a message between hosts."""
+
+    values: Slot
+    message: Slot
+    is_added: bool  #: else it is the new tensor, which replaces the old one
 
 
 class Layout:
@@ -62,6 +81,7 @@ class Layout:
         self.pull_bytes = self.n_bytes  #: a pull copies these first bytes
         self.buffers = [self._place_like(buffer) for buffer in policy.buffers()]
         self.values_bytes = self.n_bytes  #: parameters and module buffers are these first bytes
+        self.differences, self.difference_bytes = self._place_differences()  #: of all values
         self._counters = self._place((n_workers, len(Counter)), (len(Counter), 1), th.int64)
         self.state_start = self.n_bytes  #: the optimizer's state is all bytes from here on
         self.state: list[dict[str, Slot]] = []  #: for each parameter
@@ -86,10 +106,19 @@ class Layout:
         for slots, numbers in zip(self.state, self._state_numbers, strict=True):
             yield {**{key: slot.view(flat) for key, slot in slots.items()}, **numbers}
 
+    def _place_differences(self) -> tuple[list[Difference], int]:
+        """What values differ by, in a buffer of its own, and the size of that buffer."""
+        can_be_added = [slot.dtype.is_floating_point for slot in self.parameters] + [False] * len(self.buffers)
+        differences, offset = [], 0
+        for slot, is_added in zip(self.parameters + self.buffers, can_be_added, strict=True):
+            place = Slot(offset, th.bfloat16 if is_added else slot.dtype, slot.shape, slot.stride)
+            differences.append(Difference(slot, place, is_added))
+            offset += place.aligned_bytes
+        return differences, offset
+
     def _place(self, shape: th.Size | tuple[int, ...], stride: tuple[int, ...], dtype: th.dtype) -> Slot:
         slot = Slot(self.n_bytes, dtype, tuple(shape), stride)
-        n_bytes = math.prod(shape) * dtype.itemsize
-        self.n_bytes += -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
+        self.n_bytes += slot.aligned_bytes
         return slot
 
     def _place_like(self, tensor: th.Tensor) -> Slot:

@@ -6,7 +6,7 @@ Workers apply their gradients to them without a lock: Hogwild (Recht et al. 2011
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,22 +113,30 @@ class SharedMemoryStore:
     def set_values(self, values: Bytes) -> None:
         self._flat[: self._layout.values_bytes].copy_(th.from_numpy(values))
 
-    def add(self, values: Bytes, known: Bytes) -> None:
+    def difference(self, known: Bytes) -> Bytes:
+        message = th.zeros(self._layout.difference_bytes, dtype=th.uint8)
+        for shared, old, change, is_added in self._differences(known, message):
+            if is_added:
+                change.copy_((shared - old).nan_to_num_(0.0, 0.0, 0.0))
+                old.add_(change)
+            else:
+                change.copy_(shared)
+                old.copy_(change)
+        as_bytes: Bytes = message.numpy()
+        return as_bytes
+
+    def add(self, difference: Bytes, known: Bytes) -> None:
         # Workers push meanwhile, without a lock. Where a worker and this addition read the same number before either has
         # written it, one of the two writes is lost, as between two workers. If that is the worker's, the other hosts never
         # see this step. If it is this one, the next values of this store lack it, so the others take it back: it is lost
         # everywhere, and the stores still agree.
-        flats = self._flat, th.from_numpy(values), th.from_numpy(known)
-        for slot in self._layout.parameters:
-            shared, new, old = (slot.view(flat) for flat in flats)
-            if slot.dtype.is_floating_point:
-                shared.add_((new - old).nan_to_num_(0.0, 0.0, 0.0))  # a frozen parameter may be infinite
-            elif not th.equal(new, old):
-                shared.copy_(new)
-        for slot in self._layout.buffers:  # the last writer wins: to add up running means would not converge
-            shared, new, old = (slot.view(flat) for flat in flats)
-            if not th.equal(new, old):
-                shared.copy_(new)
+        for shared, old, change, is_added in self._differences(known, th.from_numpy(difference)):
+            if is_added:
+                shared.add_(change)
+                old.add_(change)
+            elif not th.equal(change, old):  # the last writer wins: to add up running means would not converge
+                shared.copy_(change)
+                old.copy_(change)
 
     def state(self) -> Bytes:
         as_bytes: Bytes = self._flat[self._layout.state_start :].clone().numpy()
@@ -168,6 +176,11 @@ class SharedMemoryStore:
     @property
     def _counters(self) -> npt.NDArray[np.int64]:
         return self._layout.counters(self._flat)
+
+    def _differences(self, known: Bytes, message: th.Tensor) -> Iterator[tuple[th.Tensor, th.Tensor, th.Tensor, bool]]:
+        """For each tensor: the shared one, the known one, its difference, and whether that is added."""
+        for values, place, is_added in self._layout.differences:
+            yield values.view(self._flat), values.view(th.from_numpy(known)), place.view(message), is_added
 
     def _write(self, policy: ActorCriticPolicy, state: list[dict[str, Any]]) -> None:
         """Parameters and module buffers of ``policy``, and for each parameter the optimizer's state."""

@@ -10,6 +10,7 @@ import pickle
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -510,28 +511,50 @@ def test_the_difference_of_values_is_added(make_mergeable: MakeMergeable) -> Non
             parameter.data.copy_(th.randint(-64, 64, parameter.shape) / 8)  # so that sums are exact
     sender, store = make_mergeable(policy, 1), make_mergeable(moved(policy, 2.0), 1)
     known = sender.values()
+    receivers_known = known.copy()
     sender.load_policy(changed := moved(policy, 0.5))
-    store.add(sender.values(), known)
+    store.add(sender.difference(known), receivers_known)
     assert_identical(fetched(store, policy), moved(policy, 2.5))
+    assert np.array_equal(known, sender.values()) and np.array_equal(receivers_known, known)
     # what can't be added is replaced where it has changed
     for each in (policy, changed):
         each.get_parameter("table").data[0] = 4
         each.get_parameter("mask").data[0] = 0.5
         cnn(each)[-1].running_mean.fill_(3.0)
-    known = sender.values()
     sender.load_policy(changed)
-    store.add(sender.values(), known)
+    store.add(sender.difference(known), receivers_known)
     expected = moved(policy, 2.5)
     assert_identical(fetched(store, policy), expected)
+    assert np.array_equal(known, sender.values()) and np.array_equal(receivers_known, known)
     cnn(expected)[-1].num_batches_tracked.fill_(7)
     store.load_policy(expected)
-    store.add(sender.values(), sender.values())  # nothing has changed there
+    store.add(sender.difference(known), receivers_known)  # nothing has changed there
     assert_identical(fetched(store, policy), expected)
+
+
+def test_a_difference_is_rounded_and_the_next_one_has_what_is_left_over(make_mergeable: MakeMergeable) -> None:
+    policy = make_policy()
+    policy.value_net.bias.data[:] = 0.0
+    sender, store = make_mergeable(policy, 1), make_mergeable(policy, 1)
+    known = sender.values()
+    receivers_known = known.copy()
+    for change in (1e-30, 1 + 2**-9 + 2**-17, -3.0):
+        policy.value_net.bias.data[:] += change
+        sender.load_policy(policy)
+        for n_bits in (8, 16, 24):  # bfloat16 has 8 bits of which the first is always 1
+            difference = sender.difference(known)
+            assert len(difference) < 0.6 * len(known)
+            store.add(difference, receivers_known)
+            assert np.array_equal(receivers_known, known)
+            missing = fetched(store, policy).value_net.bias - policy.value_net.bias
+            assert abs(missing.item()) <= 2.0**-n_bits * abs(change)
+        assert np.array_equal(known, sender.values())
+        assert_equal(fetched(store, policy), policy, 0.0)
 
 
 def test_values_of_a_step_that_is_being_undone_are_those_of_before(make_mergeable: MakeMergeable) -> None:
     policy = policy_with_all_kinds_of_tensors()
-    store = make_mergeable(policy, 1)
+    store, other = make_mergeable(policy, 1), make_mergeable(policy, 1)
     known = store.values()
     broken, expected = moved(policy, 1.0), moved(policy, 1.0)
     with th.no_grad():
@@ -541,8 +564,10 @@ def test_values_of_a_step_that_is_being_undone_are_those_of_before(make_mergeabl
             cnn(each)[0].weight[1, 0, 1, 1] = value
     store.load_policy(broken)
     values = store.values(known)
+    other.add(store.difference(known), known.copy())
     store.set_values(values)
     assert_identical(fetched(store, policy), expected)
+    assert_identical(fetched(other, policy), expected)
 
 
 @pytest.mark.parametrize(("optimizer_class", "kwargs", "tolerance"), OPTIMIZERS)
