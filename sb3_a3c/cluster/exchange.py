@@ -89,7 +89,7 @@ class HostEnd:
         if answer.values is not None:
             self._known = self._replace(answer)
         elif answer.difference is not None:
-            self._store.add(_writable(answer.difference), self._known)
+            self._store.add(answer.difference, self._known)
         self._store.set_rows(self._others, answer.rows[self._others])  # last, so that no staleness is underestimated
 
     def _replace(self, answer: Answer) -> Bytes:
@@ -206,7 +206,7 @@ class Center:
         if contribution.values is not None:  # from a host that has all workers: there is no other
             self._store.set_values(_writable(contribution.values))
         elif contribution.difference is not None:
-            self._store.add(_writable(contribution.difference), host.known)
+            self._store.add(contribution.difference, host.known)
         if host.version == self._version:
             host.version += 1  # the host has these values
         self._version += 1

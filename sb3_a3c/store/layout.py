@@ -25,6 +25,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 _ALIGNMENT = 64  # bytes: a cache line, so that no two tensors share one
+_PIECE = 2**18  # numbers at most, which stay in the processor's cache while several operations use them
 
 
 class Counter(enum.IntEnum):
@@ -52,23 +53,20 @@ class Slot:
     def n_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    @property
-    def aligned_bytes(self) -> int:
-        """Until the next slot."""
-        return -(-self.n_bytes // _ALIGNMENT) * _ALIGNMENT
-
     def view(self, flat: th.Tensor, start: int = 0) -> th.Tensor:
         """The tensor; ``flat`` is the buffer from byte ``start`` on."""
         begin = self.offset - start
         return flat[begin : begin + self.n_bytes].view(self.dtype).as_strided(self.shape, self.stride)
 
 
-class Difference(NamedTuple):
-    """Where a tensor lies among the values, and its difference in a message between hosts."""
+class Piece(NamedTuple):
+    """Some of the values, and what they differ by in a message between hosts. Slices are of bytes."""
 
-    values: Slot
-    message: Slot
-    is_added: bool  #: else it is the new tensor, which replaces the old one
+    values: slice
+    dtype: th.dtype
+    difference: slice
+    difference_dtype: th.dtype
+    is_added: bool  #: else it replaces the values, if it differs from those that are known
 
 
 class Layout:
@@ -81,7 +79,7 @@ class Layout:
         self.pull_bytes = self.n_bytes  #: a pull copies these first bytes
         self.buffers = [self._place_like(buffer) for buffer in policy.buffers()]
         self.values_bytes = self.n_bytes  #: parameters and module buffers are these first bytes
-        self.differences, self.difference_bytes = self._place_differences()  #: of all values
+        self.pieces, self.difference_bytes = self._split()  #: of the values
         self._counters = self._place((n_workers, len(Counter)), (len(Counter), 1), th.int64)
         self.state_start = self.n_bytes  #: the optimizer's state is all bytes from here on
         self.state: list[dict[str, Slot]] = []  #: for each parameter
@@ -106,24 +104,32 @@ class Layout:
         for slots, numbers in zip(self.state, self._state_numbers, strict=True):
             yield {**{key: slot.view(flat) for key, slot in slots.items()}, **numbers}
 
-    def _place_differences(self) -> tuple[list[Difference], int]:
-        """What values differ by, in a buffer of its own, and the size of that buffer."""
-        can_be_added = [slot.dtype.is_floating_point for slot in self.parameters] + [False] * len(self.buffers)
-        differences, offset = [], 0
-        for slot, is_added in zip(self.parameters + self.buffers, can_be_added, strict=True):
-            place = Slot(offset, th.bfloat16 if is_added else slot.dtype, slot.shape, slot.stride)
-            differences.append(Difference(slot, place, is_added))
-            offset += place.aligned_bytes
-        return differences, offset
+    def _split(self) -> tuple[list[Piece], int]:
+        """The values in pieces, and the size of a message with their differences."""
+        slots = [(slot, slot.dtype.is_floating_point) for slot in self.parameters] + [(slot, False) for slot in self.buffers]
+        pieces, offset = [], 0
+        for slot, is_added in slots:
+            n_left, begin = math.prod(slot.shape), slot.offset
+            dtype = th.bfloat16 if is_added else slot.dtype
+            while n_left > 0:
+                n = min(n_left, _PIECE)
+                end, message_end = begin + n * slot.dtype.itemsize, offset + n * dtype.itemsize
+                pieces.append(Piece(slice(begin, end), slot.dtype, slice(offset, message_end), dtype, is_added))
+                n_left, begin, offset = n_left - n, end, _aligned(message_end)
+        return pieces, offset
 
     def _place(self, shape: th.Size | tuple[int, ...], stride: tuple[int, ...], dtype: th.dtype) -> Slot:
         slot = Slot(self.n_bytes, dtype, tuple(shape), stride)
-        self.n_bytes += slot.aligned_bytes
+        self.n_bytes += _aligned(slot.n_bytes)
         return slot
 
     def _place_like(self, tensor: th.Tensor) -> Slot:
         """A slot with the order in memory of ``tensor``: its strides if it is dense, else contiguous."""
         return self._place(tensor.shape, th.empty_like(tensor, device="cpu").stride(), tensor.dtype)
+
+
+def _aligned(n_bytes: int) -> int:
+    return -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def same_order(a: th.Tensor, b: th.Tensor) -> bool:

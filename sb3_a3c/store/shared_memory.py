@@ -6,7 +6,7 @@ Workers apply their gradients to them without a lock: Hogwild (Recht et al. 2011
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -114,24 +114,28 @@ class SharedMemoryStore:
         self._flat[: self._layout.values_bytes].copy_(th.from_numpy(values))
 
     def difference(self, known: Bytes) -> Bytes:
-        message = th.zeros(self._layout.difference_bytes, dtype=th.uint8)
-        for shared, old, change, is_added in self._differences(known, message):
-            if is_added:
+        difference = np.zeros(self._layout.difference_bytes, dtype=np.uint8)
+        for piece in self._layout.pieces:
+            shared, old = self._flat[piece.values].view(piece.dtype), th.from_numpy(known[piece.values]).view(piece.dtype)
+            change = th.from_numpy(difference[piece.difference]).view(piece.difference_dtype)
+            if piece.is_added:
                 change.copy_((shared - old).nan_to_num_(0.0, 0.0, 0.0))
                 old.add_(change)
             else:
                 change.copy_(shared)
                 old.copy_(change)
-        as_bytes: Bytes = message.numpy()
-        return as_bytes
+        return difference
 
     def add(self, difference: Bytes, known: Bytes) -> None:
         # Workers push meanwhile, without a lock. Where a worker and this addition read the same number before either has
         # written it, one of the two writes is lost, as between two workers. If that is the worker's, the other hosts never
-        # see this step. If it is this one, the next values of this store lack it, so the others take it back: it is lost
-        # everywhere, and the stores still agree.
-        for shared, old, change, is_added in self._differences(known, th.from_numpy(difference)):
-            if is_added:
+        # see this step. If it is this one, the next difference of this store takes it back: it is lost everywhere, and the
+        # stores still agree.
+        for piece in self._layout.pieces:
+            shared, old = self._flat[piece.values].view(piece.dtype), th.from_numpy(known[piece.values]).view(piece.dtype)
+            # a copy: arrays from Ray are read-only, which torch can't express
+            change = th.from_numpy(difference[piece.difference].copy()).view(piece.difference_dtype)
+            if piece.is_added:
                 shared.add_(change)
                 old.add_(change)
             elif not th.equal(change, old):  # the last writer wins: to add up running means would not converge
@@ -176,11 +180,6 @@ class SharedMemoryStore:
     @property
     def _counters(self) -> npt.NDArray[np.int64]:
         return self._layout.counters(self._flat)
-
-    def _differences(self, known: Bytes, message: th.Tensor) -> Iterator[tuple[th.Tensor, th.Tensor, th.Tensor, bool]]:
-        """For each tensor: the shared one, the known one, its difference, and whether that is added."""
-        for values, place, is_added in self._layout.differences:
-            yield values.view(self._flat), values.view(th.from_numpy(known)), place.view(message), is_added
 
     def _write(self, policy: ActorCriticPolicy, state: list[dict[str, Any]]) -> None:
         """Parameters and module buffers of ``policy``, and for each parameter the optimizer's state."""
