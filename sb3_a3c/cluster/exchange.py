@@ -95,7 +95,7 @@ class HostEnd:
     def _replace(self, answer: Answer) -> Bytes:
         """Begin with the center's values and optimizer state. What the host has not contributed is dropped."""
         assert answer.values is not None and answer.state is not None
-        values = answer.values.copy()  # differences are added to them
+        values = answer.values.copy()  # each end adds differences to its own
         self._store.set_values(values)
         self._store.set_state(_writable(answer.state))
         return values
@@ -146,8 +146,8 @@ class Center:
         rows, difference, values, state = self._store.rows(self._all_workers), None, None, None
         host.n_others_seen = [host.n_others_seen[1], self._n_others(host)]
         if host.must_begin_anew:
-            values, state = self._store.values(), self._store.state()
-            host.known, host.state_before = values.copy(), state
+            values = host.known = self._store.values()
+            state = host.state_before = self._store.state()
             host.must_begin_anew = False
         elif host.version != self._version:
             difference = self._store.difference(host.known)

@@ -50,22 +50,21 @@ class Slot:
     stride: tuple[int, ...]
 
     @property
-    def n_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+    def bytes(self) -> slice:
+        """Of the flat buffer."""
+        return slice(self.offset, self.offset + math.prod(self.shape) * self.dtype.itemsize)
 
     def view(self, flat: th.Tensor, start: int = 0) -> th.Tensor:
         """The tensor; ``flat`` is the buffer from byte ``start`` on."""
-        begin = self.offset - start
-        return flat[begin : begin + self.n_bytes].view(self.dtype).as_strided(self.shape, self.stride)
+        begin, end = self.bytes.start - start, self.bytes.stop - start
+        return flat[begin:end].view(self.dtype).as_strided(self.shape, self.stride)
 
 
 class Piece(NamedTuple):
-    """Some of the values, and what they differ by in a message between hosts. Slices are of bytes."""
+    """Some of the values, and what they differ by in a message between hosts."""
 
-    values: slice
-    dtype: th.dtype
-    difference: slice
-    difference_dtype: th.dtype
+    values: Slot
+    difference: Slot
     is_added: bool  #: else it replaces the values, if it differs from those that are known
 
 
@@ -110,17 +109,17 @@ class Layout:
         pieces, offset = [], 0
         for slot, is_added in slots:
             n_left, begin = math.prod(slot.shape), slot.offset
-            dtype = th.bfloat16 if is_added else slot.dtype
             while n_left > 0:
-                n = min(n_left, _PIECE)
-                end, message_end = begin + n * slot.dtype.itemsize, offset + n * dtype.itemsize
-                pieces.append(Piece(slice(begin, end), slot.dtype, slice(offset, message_end), dtype, is_added))
-                n_left, begin, offset = n_left - n, end, _aligned(message_end)
+                shape = (min(n_left, _PIECE),)
+                values = Slot(begin, slot.dtype, shape, (1,))
+                difference = Slot(offset, th.bfloat16 if is_added else slot.dtype, shape, (1,))
+                pieces.append(Piece(values, difference, is_added))
+                n_left, begin, offset = n_left - shape[0], values.bytes.stop, _aligned(difference.bytes.stop)
         return pieces, offset
 
     def _place(self, shape: th.Size | tuple[int, ...], stride: tuple[int, ...], dtype: th.dtype) -> Slot:
         slot = Slot(self.n_bytes, dtype, tuple(shape), stride)
-        self.n_bytes += _aligned(slot.n_bytes)
+        self.n_bytes = _aligned(slot.bytes.stop)
         return slot
 
     def _place_like(self, tensor: th.Tensor) -> Slot:

@@ -115,9 +115,10 @@ class SharedMemoryStore:
 
     def difference(self, known: Bytes) -> Bytes:
         difference = np.zeros(self._layout.difference_bytes, dtype=np.uint8)
+        known_flat, difference_flat = th.from_numpy(known), th.from_numpy(difference)
         for piece in self._layout.pieces:
-            shared, old = self._flat[piece.values].view(piece.dtype), th.from_numpy(known[piece.values]).view(piece.dtype)
-            change = th.from_numpy(difference[piece.difference]).view(piece.difference_dtype)
+            shared, old = piece.values.view(self._flat), piece.values.view(known_flat)
+            change = piece.difference.view(difference_flat)
             if piece.is_added:
                 change.copy_((shared - old).nan_to_num_(0.0, 0.0, 0.0))
                 old.add_(change)
@@ -131,10 +132,12 @@ class SharedMemoryStore:
         # written it, one of the two writes is lost, as between two workers. If that is the worker's, the other hosts never
         # see this step. If it is this one, the next difference of this store takes it back: it is lost everywhere, and the
         # stores still agree.
+        known_flat = th.from_numpy(known)
         for piece in self._layout.pieces:
-            shared, old = self._flat[piece.values].view(piece.dtype), th.from_numpy(known[piece.values]).view(piece.dtype)
+            shared, old = piece.values.view(self._flat), piece.values.view(known_flat)
             # a copy: arrays from Ray are read-only, which torch can't express
-            change = th.from_numpy(difference[piece.difference].copy()).view(piece.difference_dtype)
+            copy = th.from_numpy(difference[piece.difference.bytes].copy())
+            change = piece.difference.view(copy, piece.difference.offset)
             if piece.is_added:
                 shared.add_(change)
                 old.add_(change)

@@ -17,6 +17,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 
 from sb3_a3c.policies.pickling import dump_policy
+from sb3_a3c.store import layout
 from sb3_a3c.store.base import MergeableStore, ParameterStore
 from sb3_a3c.store.shared_memory import NO_GOAL, SharedMemoryStore
 from tests.cluster.one_host_store import OneHostStore
@@ -504,7 +505,11 @@ def test_values_travel_to_another_store(make_mergeable: MakeMergeable) -> None:
     assert_identical(fetched(target, policy), policy)
 
 
-def test_the_difference_of_values_is_added(make_mergeable: MakeMergeable) -> None:
+@pytest.mark.parametrize("piece_size", [layout._PIECE, 3])
+def test_the_difference_of_values_is_added(
+    piece_size: int, make_mergeable: MakeMergeable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "_PIECE", piece_size)
     policy = policy_with_all_kinds_of_tensors()
     for parameter in policy.parameters():
         if parameter.requires_grad:
