@@ -58,12 +58,13 @@ class Fatal(Countdown):
 
 
 class Seen(BaseCallback):
-    """Collects the infos; kills a worker at each of the calls ``kill_at``, the workers in turn."""
+    """Collects the infos; kills a worker at each of the calls ``kill_at``, in turn of those in the step."""
 
     def __init__(self, kill_at: set[int] | None = None) -> None:
         super().__init__()
         self.infos: list[dict[str, Any]] = []
         self.killed: list[int] = []
+        self.env_of_killed: list[int] = []  # one of its environments' indices
         self.kill_at = kill_at or set()
 
     def _on_step(self) -> bool:
@@ -71,9 +72,11 @@ class Seen(BaseCallback):
         self.n_restarts = self.model._collector.n_restarts  # type: ignore[attr-defined]
         if self.n_calls in self.kill_at:
             # each environment's worker is that of its last step that is known
-            pids = dict.fromkeys(info["pid"] for info in self.locals["infos"] if info["pid"] not in self.killed)
-            victim = list(pids)[len(self.killed) % len(pids)]
+            alive = [info for info in self.locals["infos"] if info["pid"] not in self.killed]
+            env_of = {info["pid"]: info["env_index"] for info in alive}
+            victim = list(env_of)[len(self.killed) % len(env_of)]
             self.killed.append(victim)
+            self.env_of_killed.append(env_of[victim])
             os.kill(victim, signal.SIGKILL)
         return True
 
@@ -214,9 +217,12 @@ def test_a_replacement_answers_the_call_during_which_its_predecessor_died() -> N
     seen = Calls(kill_at={50, 100, 150})
     model = A3C("MlpPolicy", DummyVecEnv([Called] * 4), n_steps=N_STEPS, n_workers=2)
     model.learn(2000, callback=seen)
-    # workers 0, 1, 0 died: each time their two environments are new, and have not been called before
-    assert seen.calls == [[1, 1, 1, 1], [2, 2, 1, 1], [1, 1, 2, 2]]
-    assert seen.n_restarts == 3
+    counts, expected = [0] * 4, []
+    for env_index in seen.env_of_killed:  # its worker's two environments are new, and have not been called before
+        counts = [1 if i // 2 == env_index // 2 else count + 1 for i, count in enumerate(counts)]
+        expected.append(counts)
+    assert seen.calls == expected
+    assert seen.n_restarts == len(expected) == 3
     assert 2000 <= model.num_timesteps <= 2000 + 2 * N_STEPS * 2
 
 
