@@ -142,7 +142,7 @@ def main() -> None:
         "--timesteps",
         type=int,
         default=10_000_000,
-        help="in total, including those before --resume; the learning rate falls to 0 over the second half",
+        help="in total, including those before --resume; the learning rate falls to 0 over the last quarter",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of environments, weights and actions")
     parser.add_argument("--save-freq", type=int, default=100_000, help="timesteps between two checkpoints")

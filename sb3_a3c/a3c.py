@@ -53,6 +53,8 @@ from sb3_a3c.workers.learning_rate import DefaultLearningRate, annealing
 from sb3_a3c.workers.worker_processes import workers_here
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
+#: Squared gradients are averaged over 100 updates, as in the paper's RMSprop, and not over 1,000 as torch's Adam does.
+ADAM_BETAS = (0.9, 0.99)
 _hyperparam_values = attrgetter(*(field.name for field in fields(Hyperparams)[:-1]))  # without ``trainable``
 
 
@@ -70,7 +72,7 @@ class A3C(OnPolicyAlgorithm):
     :param env: The environment to learn from (if registered in Gym, can be str). ``n_workers=k`` makes k copies of a
         single environment or id
     :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0) over the
-        timesteps of all workers. None: 3e-4 * min(1, sqrt(4 / n)), if one rollout of every worker makes n updates in all
+        timesteps of all workers. None: 5e-4 * min(1, 4 / n), if one rollout of every worker makes n updates in all
     :param n_steps: The number of steps in each environment per rollout (t_max in the paper)
     :param gamma: Discount factor
     :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator.
@@ -102,7 +104,7 @@ class A3C(OnPolicyAlgorithm):
         process, for debugging
     :param envs_per_update: Number of environments in each chunk of a rollout; every chunk makes one update of the shared
         parameters. Small chunks make more updates, large chunks take less time per step
-    :param anneal: Whether the learning rate falls to 0, linearly over the second half of the timesteps of ``learn`` (in the
+    :param anneal: Whether the learning rate falls to 0, linearly over the last quarter of the timesteps of ``learn`` (in the
         paper over all of them). At a constant rate, a good policy may be lost again
     :param take_turns: Whether workers pull, act and push one after another, in a fixed order. This is slow, but makes runs
         with the same seed and several workers identical to the bit (without ``VecNormalize``, whose statistics arrive at
@@ -223,10 +225,13 @@ class A3C(OnPolicyAlgorithm):
         if "optimizer_class" not in kwargs:
             kwargs["optimizer_class"] = th.optim.RMSprop if self.use_rms_prop else th.optim.Adam
             options = kwargs.get("optimizer_kwargs") or {}
+            defaults: dict[str, Any]
             if self.use_rms_prop:
                 defaults = dict(alpha=0.99, eps=self.rms_prop_eps, weight_decay=0)
             else:
-                defaults = {} if {"foreach", "differentiable"} & options.keys() else dict(fused=True)
+                defaults = dict(betas=ADAM_BETAS)
+                if not {"foreach", "differentiable"} & options.keys():
+                    defaults["fused"] = True
             kwargs["optimizer_kwargs"] = {**defaults, **options}
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **kwargs

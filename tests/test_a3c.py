@@ -273,13 +273,13 @@ def test_every_learn_starts_different_episodes_after_a_seed_was_set() -> None:
     assert first[0] != first[1] != first[2] != first[0]
 
 
-def test_defaults_are_those_of_baby_a3c_except_for_learning_rate_and_entropy() -> None:
+def test_defaults_are_those_of_baby_a3c_except_for_learning_rate_betas_and_entropy() -> None:
     eps_of: dict[str, float] = {}
     for policy in ("MlpPolicy", "MlpLstmPolicy"):
         model = A3C(policy, "CartPole-v1")
         (group,) = model.policy.optimizer.param_groups
         eps_of[policy] = group["eps"]
-        assert (group["lr"], group["betas"], group["fused"]) == (3e-4, (0.9, 0.999), True)
+        assert (group["lr"], group["betas"], group["fused"]) == (5e-4, (0.9, 0.99), True)
     assert eps_of == {"MlpPolicy": 1e-8, "MlpLstmPolicy": 1e-3}  # whose losses are in units of the values' scale
     assert (model.n_steps, model.gamma, model.gae_lambda) == (20, 0.99, 1.0)
     assert (model.ent_coef, model.vf_coef, model.max_grad_norm) == (0.003, 0.5, 40.0)

@@ -1,6 +1,5 @@
 """The learning rate of A3C(learning_rate=None), and with anneal=True."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from sb3_a3c import A3C
 from sb3_a3c.workers.learning_rate import annealing
 
-SAID = "The learning rate is {:.3g} and not 0.0003, because {} updates begin from about the same parameters."
+SAID = "The learning rate is {:.3g} and not 0.0005, because {} updates begin from about the same parameters."
 
 
 def rate_of(model: A3C) -> float:
@@ -35,7 +34,7 @@ def rate_of(model: A3C) -> float:
 def test_many_updates_from_the_same_parameters_are_shorter(
     n_envs: int, kwargs: dict[str, Any], n_updates: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = 3e-4 if n_updates <= 4 else 3e-4 * math.sqrt(4 / n_updates)
+    expected = 5e-4 if n_updates <= 4 else 5e-4 * 4 / n_updates
     env = make_vec_env("CartPole-v1", n_envs)
     assert rate_of(A3C("MlpPolicy", env, verbose=1, **kwargs)) == pytest.approx(expected, rel=1e-12)
     assert (SAID.format(expected, n_updates) in capsys.readouterr().out) == (n_updates > 4)
@@ -50,9 +49,9 @@ def test_a_rate_that_is_given_is_used(given: Any, capsys: pytest.CaptureFixture[
 
 def test_the_default_fits_the_environments_after_loading(tmp_path: Path) -> None:
     model = A3C("MlpPolicy", make_vec_env("CartPole-v1", 16), n_workers=0, envs_per_update=1)
-    assert rate_of(model) == 1.5e-4
+    assert rate_of(model) == 1.25e-4
     model.save(tmp_path / "model")
-    assert rate_of(A3C.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 9))) == pytest.approx(2e-4)
+    assert rate_of(A3C.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 9))) == pytest.approx(5e-4 * 4 / 9)
     assert rate_of(A3C.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 9), learning_rate=1e-3)) == 1e-3
 
 
@@ -62,16 +61,16 @@ def test_a_schedule_that_replaces_the_default_is_used() -> None:
     assert rate_of(model) == 1e-3
 
 
-def test_annealing_begins_in_the_middle() -> None:
-    assert [annealing(progress) for progress in (1.0, 0.75, 0.5, 0.25, 0.0)] == [1.0, 1.0, 1.0, 0.5, 0.0]
+def test_annealing_is_in_the_last_quarter() -> None:
+    assert [annealing(progress) for progress in (1.0, 0.5, 0.25, 0.125, 0.0)] == [1.0, 1.0, 1.0, 0.5, 0.0]
 
 
 @pytest.mark.parametrize("rate", [1e-3, lambda progress: 1e-3 * progress, None])
 def test_anneal_multiplies_the_learning_rate(rate: Any) -> None:
     """Trained in two calls of ``learn``, whose progress is that of all timesteps."""
-    full = rate if callable(rate) else lambda progress: rate or 3e-4
+    full = rate if callable(rate) else lambda progress: rate or 5e-4
     weights = []
-    for settings in (dict(learning_rate=rate, anneal=True), dict(learning_rate=lambda p: full(p) * min(1.0, 2 * p))):
+    for settings in (dict(learning_rate=rate, anneal=True), dict(learning_rate=lambda p: full(p) * min(1.0, 4 * p))):
         model = A3C("MlpPolicy", "CartPole-v1", n_workers=1, n_steps=5, seed=0, **settings)
         model.learn(200).learn(100, reset_num_timesteps=False)
         weights.append(th.nn.utils.parameters_to_vector(model.policy.parameters()))
