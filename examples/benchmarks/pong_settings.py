@@ -57,7 +57,7 @@ def new_model(settings: argparse.Namespace, env: VecEnv) -> A3C:
         """Rises over the first ``warm_up`` timesteps; with ``anneal`` it falls linearly to 0."""
         done = (1.0 - progress_remaining) * settings.timesteps
         rise = min(1.0, (done + 1) / (settings.warm_up + 1))
-        rate: float = (settings.learning_rate or 3e-4) * rise * (progress_remaining if settings.anneal else 1.0)
+        rate: float = (settings.learning_rate or 5e-4) * rise * (progress_remaining if settings.anneal else 1.0)
         return rate
 
     policy_kwargs: dict[str, Any] = {}
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--vf-coef", type=float, default=0.5)
     parser.add_argument("--max-grad-norm", type=float, default=40.0)
     parser.add_argument("--beta1", type=float, default=0.9, help="of Adam")
-    parser.add_argument("--beta2", type=float, default=0.999, help="of Adam")
+    parser.add_argument("--beta2", type=float, default=0.99, help="of Adam")
     parser.add_argument("--eps", type=float, default=1e-8, help="of Adam")
     parser.add_argument("--amsgrad", action="store_true", help="of Adam")
     parser.add_argument("--rms-prop", action="store_true", help="instead of Adam")
