@@ -53,8 +53,6 @@ from sb3_a3c.workers.learning_rate import DefaultLearningRate, annealing
 from sb3_a3c.workers.worker_processes import workers_here
 
 SelfA3C = TypeVar("SelfA3C", bound="A3C")
-#: Squared gradients are averaged over 100 updates, as in the paper's RMSprop, and not over 1,000 as torch's Adam does.
-ADAM_BETAS = (0.9, 0.99)
 _hyperparam_values = attrgetter(*(field.name for field in fields(Hyperparams)[:-1]))  # without ``trainable``
 
 
@@ -229,9 +227,10 @@ class A3C(OnPolicyAlgorithm):
             if self.use_rms_prop:
                 defaults = dict(alpha=0.99, eps=self.rms_prop_eps, weight_decay=0)
             else:
-                defaults = dict(betas=ADAM_BETAS)
-                if not {"foreach", "differentiable"} & options.keys():
-                    defaults["fused"] = True
+                defaults = {} if {"foreach", "differentiable"} & options.keys() else dict(fused=True)
+                if issubclass(self.policy_class, CnnLstmPolicy):
+                    # averages squared gradients over 100 updates, as the paper's RMSprop does, and not over 1,000
+                    defaults["betas"] = (0.9, 0.99)
             kwargs["optimizer_kwargs"] = {**defaults, **options}
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **kwargs

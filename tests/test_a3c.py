@@ -19,6 +19,7 @@ from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_a3c import A3C, RemoteTraceback, WorkerDiedError
+from tests.toy_envs import Images
 
 BOTH = pytest.mark.parametrize("n_workers", [0, 2])
 
@@ -274,13 +275,17 @@ def test_every_learn_starts_different_episodes_after_a_seed_was_set() -> None:
 
 
 def test_defaults_are_those_of_baby_a3c_except_for_learning_rate_betas_and_entropy() -> None:
-    eps_of: dict[str, float] = {}
-    for policy in ("MlpPolicy", "MlpLstmPolicy"):
-        model = A3C(policy, "CartPole-v1")
+    of_adam: dict[str, tuple[float, tuple[float, float]]] = {}
+    for policy, env in ("CnnLstmPolicy", Images()), ("MlpPolicy", "CartPole-v1"), ("MlpLstmPolicy", "CartPole-v1"):
+        model = A3C(policy, env)
         (group,) = model.policy.optimizer.param_groups
-        eps_of[policy] = group["eps"]
-        assert (group["lr"], group["betas"], group["fused"]) == (5e-4, (0.9, 0.99), True)
-    assert eps_of == {"MlpPolicy": 1e-8, "MlpLstmPolicy": 1e-3}  # whose losses are in units of the values' scale
+        of_adam[policy] = group["eps"], group["betas"]
+        assert (group["lr"], group["fused"]) == (5e-4, True)
+    assert of_adam == {
+        "CnnLstmPolicy": (1e-8, (0.9, 0.99)),
+        "MlpPolicy": (1e-8, (0.9, 0.999)),
+        "MlpLstmPolicy": (1e-3, (0.9, 0.999)),  # whose losses are in units of the values' scale
+    }
     assert (model.n_steps, model.gamma, model.gae_lambda) == (20, 0.99, 1.0)
     assert (model.ent_coef, model.vf_coef, model.max_grad_norm) == (0.003, 0.5, 40.0)
     assert model.device == th.device("cpu")

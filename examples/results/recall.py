@@ -25,8 +25,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_a3c import A3C
 
-#: Gradients here are too small for the LSTM policies' own eps, 1e-3.
-ADAM = dict(optimizer_kwargs=dict(eps=1e-5))
+#: Gradients here are too small for the LSTM policies' own eps, 1e-3. With torch's beta2, 0.999, answers are lost again.
+ADAM = dict(optimizer_kwargs=dict(betas=(0.9, 0.99), eps=1e-5))
 A3C_POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "A3C, LSTM with forget_gate_bias=2": ("MlpLstmPolicy", dict(forget_gate_bias=2.0, **ADAM)),
     "A3C, LSTM": ("MlpLstmPolicy", ADAM),
