@@ -35,7 +35,8 @@ class HiddenVelocities(gym.ObservationWrapper[Any, Any, Any]):
     [
         ("CartPole-v1", None, dict(learning_rate=1e-3), 100_000, 400),
         ("CartPole-v1", None, {}, 100_000, 200),
-        ("CartPole-v1", HiddenVelocities, dict(learning_rate=1e-3), 200_000, 400),
+        # at a constant rate, the last policy may happen to be a bad one
+        ("CartPole-v1", HiddenVelocities, dict(learning_rate=1e-3, anneal=True), 200_000, 400),
         ("Acrobot-v1", None, dict(learning_rate=1e-3), 300_000, -120),
         ("Acrobot-v1", None, {}, 300_000, -120),
     ],
@@ -49,7 +50,7 @@ def test_a_port_learns(env_id: str, wrapper: Any, kwargs: dict[str, Any], n_time
 
 @pytest.mark.parametrize("seed", range(3))
 def test_cartpole_with_hidden_velocities(seed: int) -> None:
-    """With an annealed rate: at a constant 1e-3 policies learn as far, but the last one may happen to be a bad one."""
+    """With an annealed rate, as docs/recurrent.md recommends."""
     env = make_vec_env("CartPole-v1", n_envs=8, wrapper_class=HiddenVelocities)
     kwargs: dict[str, Any] = dict(n_steps=32, gae_lambda=0.95, ent_coef=0.0, n_workers=2, seed=seed)
     model = A3C("MlpLstmPolicy", env, learning_rate=lambda progress: 3e-3 * progress, **kwargs).learn(300_000)
