@@ -202,13 +202,15 @@ def draw(folder: Path) -> None:
 
     path = folder / "speeds.csv"
     speeds = pd.read_csv(path).set_index("algo")["steps/s"].to_dict() if path.exists() else {}
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     curves: dict[str, list[pd.DataFrame]] = {}
     for path in sorted(folder.glob("*_seed*.csv")):
         if len(curve := pd.read_csv(path)) > 1:  # --quick ends before the first game
             curves.setdefault(path.stem.rpartition("_seed")[0], []).append(curve)
-    per_million, per_minute = dict.fromkeys(curves, 1e6), {algo: 60 * speed for algo, speed in speeds.items()}
-    units = {"million timesteps": per_million, "minutes on two cores": per_minute}
+    units = {"million timesteps": dict.fromkeys(curves, 1e6)}
+    if speeds:
+        units["minutes on two cores"] = {algo: 60 * speed for algo, speed in speeds.items()}
+    figure, panels = plt.subplots(1, len(units), figsize=(5.5 * len(units), 4), sharey=True, squeeze=False)
+    axes = panels[0]
     for axis, (label, unit_of) in zip(axes, units.items(), strict=True):
         for algo, seeds in curves.items():
             if (unit := unit_of.get(algo)) is None:
