@@ -10,7 +10,7 @@ class DefaultLearningRate:
     A constant schedule: 5e-4 with up to 4 updates that begin from about the same parameters, and 4/n of it with n.
 
     Each of Adam's steps is about as long as the learning rate, whatever the gradients are. So n updates from the same
-    parameters, which mostly agree, move them at most as far as 4 do at the full rate.
+    parameters move them at most as far as 4 do at the full rate.
     """
 
     def __init__(self) -> None:
