@@ -34,7 +34,8 @@ def test_source_distribution(tmp_path: Path) -> None:
         shutil.copytree(CHECKOUT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "_build"))
     for name in [*FILES, "MANIFEST.in"]:
         shutil.copy(CHECKOUT / name, copy)
-    expected = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
+    files = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
+    expected = {name for name in files if not name.endswith("_checkpoint.zip")}  # of unfinished runs, 18 MB each
     command = [sys.executable, "-c", "import setuptools; setuptools.setup()", "-q", "sdist", "-d", str(tmp_path)]
     subprocess.run(command, cwd=copy, timeout=120, check=True)
     (archive,) = tmp_path.glob("*.tar.gz")
