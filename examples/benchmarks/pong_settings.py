@@ -23,6 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
 from sb3_a3c import A3C
 from sb3_a3c.atari import make_ale_vec_env
+from sb3_a3c.workers.learning_rate import FULL_RATE
 
 ENV = "PongNoFrameskip-v4"
 SEARCHED = (
@@ -57,7 +58,7 @@ def new_model(settings: argparse.Namespace, env: VecEnv) -> A3C:
         """Rises over the first ``warm_up`` timesteps; with ``anneal`` it falls linearly to 0."""
         done = (1.0 - progress_remaining) * settings.timesteps
         rise = min(1.0, (done + 1) / (settings.warm_up + 1))
-        rate: float = (settings.learning_rate or 5e-4) * rise * (progress_remaining if settings.anneal else 1.0)
+        rate: float = (settings.learning_rate or FULL_RATE) * rise * (progress_remaining if settings.anneal else 1.0)
         return rate
 
     policy_kwargs: dict[str, Any] = {}

@@ -63,8 +63,7 @@ class Seen(BaseCallback):
     def __init__(self, kill_at: set[int] | None = None) -> None:
         super().__init__()
         self.infos: list[dict[str, Any]] = []
-        self.killed: list[int] = []
-        self.env_of_killed: list[int] = []  # one of its environments' indices
+        self.killed: dict[int, int] = {}  # process ids, each with the index of one of its environments
         self.kill_at = kill_at or set()
 
     def _on_step(self) -> bool:
@@ -72,11 +71,9 @@ class Seen(BaseCallback):
         self.n_restarts = self.model._collector.n_restarts  # type: ignore[attr-defined]
         if self.n_calls in self.kill_at:
             # each environment's worker is that of its last step that is known
-            alive = [info for info in self.locals["infos"] if info["pid"] not in self.killed]
-            env_of = {info["pid"]: info["env_index"] for info in alive}
+            env_of = {info["pid"]: info["env_index"] for info in self.locals["infos"] if info["pid"] not in self.killed}
             victim = list(env_of)[len(self.killed) % len(env_of)]
-            self.killed.append(victim)
-            self.env_of_killed.append(env_of[victim])
+            self.killed[victim] = env_of[victim]
             os.kill(victim, signal.SIGKILL)
         return True
 
@@ -218,7 +215,7 @@ def test_a_replacement_answers_the_call_during_which_its_predecessor_died() -> N
     model = A3C("MlpPolicy", DummyVecEnv([Called] * 4), n_steps=N_STEPS, n_workers=2)
     model.learn(2000, callback=seen)
     counts, expected = [0] * 4, []
-    for env_index in seen.env_of_killed:  # its worker's two environments are new, and have not been called before
+    for env_index in seen.killed.values():  # its worker's two environments are new, and have not been called before
         counts = [1 if i // 2 == env_index // 2 else count + 1 for i, count in enumerate(counts)]
         expected.append(counts)
     assert seen.calls == expected
